@@ -1,0 +1,1 @@
+"""The SSH column: Conch, subclassed at every layer. Knows nothing of Jupyter."""
