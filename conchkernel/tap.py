@@ -1,0 +1,374 @@
+"""From a command line to a service: every option, what it may be, and how the parts are joined.
+
+The module that names both columns. What it makes never ends a process; :mod:`conchkernel.process`
+does that for the runners, and ``docs/embedding.md`` joins the parts without any command line.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from twisted.cred.checkers import AllowAnonymousAccess, FilePasswordDB
+from twisted.cred.credentials import IAnonymous, ISSHPrivateKey, IUsernamePassword
+from twisted.cred.portal import Portal
+from twisted.cred.strcred import AuthOptionMixin
+from twisted.internet.endpoints import serverFromString
+from twisted.logger import InvalidLogLevelError, Logger, LogLevel
+from twisted.python import usage
+
+from conchkernel import __version__
+from conchkernel.avatars import DEFAULT_ACCEPT_ENV, KernelRealm
+from conchkernel.errors import ConfigurationError
+from conchkernel.jupyter.backends import JupyterBackend
+from conchkernel.jupyter.urls import candidates
+from conchkernel.service import GatewayService
+from conchkernel.ssh import hostkeys
+from conchkernel.ssh.checkers import AnonymousOwnerChecker, AuthorizedKeysChecker, TokenChecker
+from conchkernel.ssh.factory import GatewayFactory
+from conchkernel.ssh.limits import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from twisted.cred.checkers import ICredentialsChecker
+
+_log = Logger()
+
+#: Where a gateway listens if it is not told: OpenSSH's alternative port, this host only.
+DEFAULT_PORT = 2222
+
+URL_VARIABLE = "CONCHKERNEL_JUPYTER_URL"
+
+
+class _Value:
+    """Judges one option's text, and names the option when it is no good."""
+
+    def __init__(self, option: str, judge: Callable[[str], Any]) -> None:
+        self._option = option
+        self._judge = judge
+
+    def __call__(self, text: str) -> Any:
+        try:
+            return self._judge(text)
+        except ValueError as error:
+            raise usage.UsageError(f"--{self._option}: {error}") from None
+
+
+def _wholeNumber(least: int, most: float = math.inf) -> Callable[[str], int]:
+    def judge(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
+            span = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{text!r} is not a whole number {span}")
+        return int(text)
+
+    return judge
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def _oneOf(*words: str) -> Callable[[str], str]:
+    def judge(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is none of {', '.join(words)}")
+        return text
+
+    return judge
+
+
+def _helpText(option: Callable[..., None]) -> Callable[..., None]:
+    """Let ``--help`` fill the lines of a docstring, which it prints with its indentation."""
+    option.__doc__ = " ".join((option.__doc__ or "").split())
+    return option
+
+
+#: Options that are limits of the SSH side: name, field of :class:`Limits`, coerce, description.
+_LIMITS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
+    ("login-grace-time", "loginGraceTime", _seconds, "Seconds a client has to log in."),
+    ("max-auth-tries", "maxAuthTries", _wholeNumber(1), "Failed attempts before a goodbye."),
+    ("max-startups", "maxStartups", _wholeNumber(1), "Connections that may be logging in at once."),
+    ("max-sessions", "maxSessions", _wholeNumber(1), "Sessions that one connection may have open."),
+    (
+        "client-alive-interval",
+        "clientAliveInterval",
+        _seconds,
+        "Seconds of silence after which a client is asked whether it is there; 0 never asks.",
+    ),
+    (
+        "client-alive-count-max",
+        "clientAliveCountMax",
+        _wholeNumber(1),
+        "Unanswered questions after which it is given up.",
+    ),
+    ("rekey-limit", "rekeyLimit", _wholeNumber(1 << 20), "Bytes after which keys are made anew."),
+)
+
+
+class Options(usage.Options, AuthOptionMixin):  # type: ignore[misc]
+    """What ``twistd conchkernel`` understands.
+
+    :raises twisted.python.usage.UsageError: from ``parseOptions``, with one line; it never holds
+        the token.
+    """
+
+    synopsis = "[options]"
+    longdesc = (
+        "Lets any SSH client into the machine where a Jupyter kernel runs, with nothing installed "
+        "there. By default it listens on 127.0.0.1:2222, lets in the keys of "
+        "~/.ssh/authorized_keys and takes the Jupyter token as password."
+    )
+    supportedInterfaces = (IUsernamePassword, ISSHPrivateKey, IAnonymous)
+
+    optParameters = [  # noqa: RUF012 - usage.Options reads it per class
+        ["jupyter-url", "u", None, "The Jupyter server, as its own page or log shows it; "
+         f"better in the environment as {URL_VARIABLE} if it holds a token."],
+        ["jupyter-url-file", None, None, "A file whose first line is that URL."],
+        ["jupyter-ca", None, None, "PEM file of the authority that signed Jupyter's certificate."],
+        ["state-dir", None, None, "Where the host key is kept "
+         "(default: $XDG_STATE_HOME/conchkernel or ~/.local/state/conchkernel)."],
+        ["kernel-name", None, None, "Kernel spec to start (default: the server's own)."],
+        ["kernel-per", None, "user", "Who shares a kernel: all connections of a 'user', or each "
+         "'connection' has its own.", _Value("kernel-per", _oneOf("user", "connection"))],
+        ["shell", None, None, "Shell on the kernel's host (default: its account's login shell)."],
+        ["working-dir", None, None, "Where shells and commands start "
+         "(default: Jupyter's root directory)."],
+        ["orphan-timeout", None, 120.0, "Seconds that shells survive a gateway that has died.",
+         _Value("orphan-timeout", _seconds)],
+        ["log-level", None, "info", "Least level that is logged: debug, info, warn, error or "
+         "critical."],
+        *[[name, None, getattr(Limits(), field), description, _Value(name, judge)]
+          for name, field, judge, description in _LIMITS],
+    ]  # fmt: skip
+
+    optFlags = [  # noqa: RUF012
+        ["wait-for-jupyter", None, "Keep trying while Jupyter cannot be used, instead of giving "
+         "up at the start."],
+        ["i-know-this-is-open", None, "Let --auth anonymous listen on other than loopback."],
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("listen", "host-key", "authorized-keys", "accept-env"):
+            self[name] = []
+
+    @_helpText
+    def opt_listen(self, description: str) -> None:
+        """Where to listen, as a Twisted endpoint; may be given more than once.
+        (default: tcp:2222:interface=127.0.0.1)
+        """
+        self["listen"].append(description)
+
+    def opt_port(self, text: str) -> None:
+        """Short for --listen tcp:PORT:interface=127.0.0.1; 0 takes a free one."""
+        port = _Value("port", _wholeNumber(0, 65535))(text)
+        self["listen"].append(f"tcp:{port}:interface=127.0.0.1")
+
+    opt_p = opt_port
+
+    @_helpText
+    def opt_host_key(self, path: str) -> None:
+        """Private host key file; may be given more than once.
+        (default: an ed25519 key in the state directory, made at the first start)
+        """
+        self["host-key"].append(Path(path).absolute())
+
+    @_helpText
+    def opt_authorized_keys(self, path: str) -> None:
+        """File of public keys that may log in; may be given more than once.
+        (default: ~/.ssh/authorized_keys)
+        """
+        self["authorized-keys"].append(Path(path).absolute())
+
+    @_helpText
+    def opt_accept_env(self, pattern: str) -> None:
+        """Variable, or pattern such as MY_*, that clients may set; may be given more than once.
+        (LANG, LC_* and COLORTERM always may)
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_*?]+", pattern):
+            raise usage.UsageError(f"--accept-env: {pattern!r} is not a variable's name")
+        self["accept-env"].append(pattern)
+
+    @_helpText
+    def opt_auth(self, description: str) -> None:
+        """Who gets in, by a checker of Twisted's or another package's instead of the default
+        keys and token; may be given more than once. See --help-auth.
+        """
+        super().opt_auth(description)
+        checker = self["credCheckers"][-1]
+        if isinstance(checker, AllowAnonymousAccess):
+            self["credCheckers"][-1] = AnonymousOwnerChecker()
+        elif isinstance(checker, FilePasswordDB) and not os.path.isfile(checker.filename):
+            raise usage.UsageError(f"--auth: there is no file {checker.filename}")
+
+    def parseArgs(self, *arguments: str) -> None:
+        """There are none; what is there is not repeated, for it may be a URL with its token."""
+        if arguments:
+            raise usage.UsageError("a value without an option; a URL goes after --jupyter-url")
+
+    def opt_version(self) -> NoReturn:
+        """Display version and exit."""
+        sys.stdout.write(f"conchkernel {__version__}\n")
+        sys.exit(0)
+
+    def postOptions(self) -> None:
+        """What can be judged without touching the network, Jupyter or the state directory."""
+        self["url"] = self._findURL()
+        _checkURL(self["url"])
+        if not self["listen"]:
+            self.opt_port(str(DEFAULT_PORT))
+        try:
+            self["level"] = LogLevel.levelWithName(self["log-level"])
+        except InvalidLogLevelError:
+            raise usage.UsageError(
+                f"--log-level: {self['log-level']!r} is none of debug, info, warn, error, critical"
+            ) from None
+        for name in ("jupyter-ca", "jupyter-url-file", "state-dir"):
+            if self[name] is not None:
+                self[name] = Path(self[name]).absolute()
+        self["state-dir"] = self["state-dir"] or _defaultStateDir()
+        for path in (self["jupyter-ca"], *self["host-key"], *self["authorized-keys"]):
+            if path is not None and not path.is_file():
+                raise usage.UsageError(f"there is no file {path}")
+        self._checkOpenness()
+
+    def _findURL(self) -> str:
+        url, path = self["jupyter-url"], self["jupyter-url-file"]
+        if url is not None and path is not None:
+            raise usage.UsageError("give --jupyter-url or --jupyter-url-file, not both")
+        if path is not None:
+            try:
+                text = Path(path).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not text"
+                raise usage.UsageError(f"--jupyter-url-file: {path}: {reason}") from None
+            url = text.strip().split("\n", 1)[0]
+            if not url:
+                raise usage.UsageError(f"--jupyter-url-file: {path} is empty")
+        if url is None:
+            url = os.environ.get(URL_VARIABLE)
+        if not url or not url.strip():
+            raise usage.UsageError(
+                f"which Jupyter? Give its URL with --jupyter-url, or in {URL_VARIABLE}"
+            )
+        return str(url).strip()
+
+    def _checkOpenness(self) -> None:
+        if not any(isinstance(it, AnonymousOwnerChecker) for it in self.get("credCheckers", ())):
+            return
+        for description in self["listen"]:
+            if not _staysOnThisHost(description) and not self["i-know-this-is-open"]:
+                raise usage.UsageError(
+                    f"--auth anonymous on {description} would let the whole network in; "
+                    "listen on 127.0.0.1, or add --i-know-this-is-open"
+                )
+
+
+def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
+    """A service for ``options`` that have been parsed. Touches the state directory only.
+
+    The service tells its failures by :meth:`~conchkernel.service.GatewayService.whenStarted`.
+
+    :param reactor: the installed one if not given.
+    :raises conchkernel.errors.ConfigurationError: where a value cannot be used.
+    """
+    if reactor is None:
+        from twisted.internet import reactor
+    endpoints = [(text, _endpoint(reactor, text)) for text in options["listen"]]
+    keys = _hostKeys(options)
+    backend = JupyterBackend(
+        reactor,
+        options["url"],
+        state_dir=options["state-dir"],
+        kernel_name=options["kernel-name"],
+        shell=options["shell"],
+        working_dir=options["working-dir"],
+        ca_file=options["jupyter-ca"],
+        orphan_timeout=options["orphan-timeout"],
+    )
+    realm = KernelRealm(
+        backend,
+        acceptEnv=(*DEFAULT_ACCEPT_ENV, *options["accept-env"]),
+        kernelPer=options["kernel-per"],
+    )
+    factory = GatewayFactory(
+        Portal(realm, _checkers(options)),
+        keys,
+        reactor=reactor,
+        limits=Limits(**{field: options[name] for name, field, _, _ in _LIMITS}),
+    )
+    for key in keys:
+        _log.info("Host key {fingerprint}", fingerprint=hostkeys.fingerprint(key))
+    return GatewayService(
+        reactor, backend, factory, endpoints, waitForBackend=bool(options["wait-for-jupyter"])
+    )
+
+
+def _checkers(options: Options) -> Sequence[ICredentialsChecker]:
+    chosen = options.get("credCheckers")
+    if chosen:
+        if any(isinstance(checker, AnonymousOwnerChecker) for checker in chosen):
+            _log.warn("Anybody who can reach the port gets in: --auth anonymous")
+        return list(chosen)
+    paths = options["authorized-keys"] or [Path.home() / ".ssh" / "authorized_keys"]
+    checkers: list[Any] = [AuthorizedKeysChecker(paths)]
+    token = candidates(options["url"])[0].token
+    if token:
+        checkers.append(TokenChecker(token))
+    return checkers
+
+
+def _hostKeys(options: Options) -> list[Any]:
+    paths = options["host-key"]
+    return [hostkeys.load(path) for path in paths] or [hostkeys.loadOrCreate(options["state-dir"])]
+
+
+def _endpoint(reactor: Any, description: str) -> Any:
+    try:
+        return serverFromString(reactor, description)
+    except Exception as error:  # each kind of endpoint has its own way to complain
+        raise ConfigurationError(f"--listen {description}: {error}") from error
+
+
+def _checkURL(text: str) -> None:
+    try:
+        candidates(text)
+    except ValueError as error:
+        raise usage.UsageError(f"--jupyter-url: {error}") from None
+
+
+def _defaultStateDir() -> Path:
+    home = os.environ.get("XDG_STATE_HOME", "")
+    # The specification says to ignore a relative path.
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
+    return base / "conchkernel"
+
+
+def _staysOnThisHost(description: str) -> bool:
+    """Whether an endpoint is known to take connections from this host only."""
+    kind, *arguments = re.split(r"(?<!\\):", description)
+    if kind == "haproxy" and arguments:
+        kind, *arguments = arguments
+    if kind == "unix":
+        return True
+    if kind not in ("tcp", "tcp6"):
+        return False
+    named = dict(part.split("=", 1) for part in arguments if "=" in part)
+    positional = [part for part in arguments if "=" not in part]
+    interface = named.get("interface", positional[1] if len(positional) > 1 else "")
+    try:
+        return ipaddress.ip_address(interface.replace("\\", "")).is_loopback
+    except ValueError:
+        return False
