@@ -1,10 +1,24 @@
-"""Only what pyproject.toml cannot say: the optional extension modules."""
+"""Only what pyproject.toml cannot say: the optional extension module.
+
+``CONCHKERNEL_ABI3=1`` builds one wheel for every Python from 3.11 on, against the stable ABI.
+"""
+
+import os
 
 from setuptools import Extension, setup
 
+abi3 = os.environ.get("CONCHKERNEL_ABI3") == "1"
+
 setup(
     ext_modules=[
-        # optional: without a compiler the pure twin serves, with the same behaviour.
-        Extension("conchkernel._fastpty", ["conchkernel/_fastpty.pyx"], optional=True),
+        Extension(
+            "conchkernel._fastpty",
+            ["conchkernel/_fastpty.pyx"],
+            # Without a compiler the pure twin serves, with the same behaviour.
+            optional=True,
+            py_limited_api=abi3,
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if abi3 else [],
+        ),
     ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if abi3 else {},
 )

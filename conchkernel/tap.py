@@ -23,7 +23,7 @@ from twisted.logger import InvalidLogLevelError, Logger, LogLevel
 from twisted.python import usage
 
 from conchkernel import __version__
-from conchkernel.avatars import DEFAULT_ACCEPT_ENV, KernelRealm
+from conchkernel.avatars import KernelRealm
 from conchkernel.errors import ConfigurationError
 from conchkernel.jupyter.backends import JupyterBackend
 from conchkernel.jupyter.urls import candidates
@@ -32,6 +32,7 @@ from conchkernel.ssh import hostkeys
 from conchkernel.ssh.checkers import AnonymousOwnerChecker, AuthorizedKeysChecker, TokenChecker
 from conchkernel.ssh.factory import GatewayFactory
 from conchkernel.ssh.limits import Limits
+from conchkernel.ssh.sessions import ACCEPT_ENV
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -300,7 +301,7 @@ def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
     )
     realm = KernelRealm(
         backend,
-        acceptEnv=(*DEFAULT_ACCEPT_ENV, *options["accept-env"]),
+        acceptEnv=(*ACCEPT_ENV, *options["accept-env"]),
         kernelPer=options["kernel-per"],
     )
     factory = GatewayFactory(

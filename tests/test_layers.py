@@ -1,0 +1,132 @@
+"""Who may import whom, as a table, and the source tree held against it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "conchkernel"
+
+#: Part of the house -> the other parts it may name. The two columns, ``ssh`` and ``jupyter``,
+#: never name each other. A new module needs a line here, which is the moment to think about it.
+MAY_IMPORT: dict[str, set[str]] = {
+    # shared ground
+    "errors": set(),
+    "interfaces": {"errors"},
+    "wire": set(),
+    # what is sent to the kernel's host
+    "remote": {"wire", "_fastpty"},
+    # the columns
+    "ssh": {"errors", "interfaces"},
+    "jupyter": {"errors", "interfaces", "wire", "remote"},
+    # the joints
+    "avatars": {"errors", "interfaces", "ssh"},
+    "sftp": {"errors", "interfaces", "ssh"},
+    # the public test kit
+    "testing": {"errors", "interfaces", "wire", "remote", "avatars", "ssh", "jupyter"},
+    # the edges
+    "service": {"errors"},
+    "tap": {"", "errors", "service", "avatars", "ssh", "jupyter"},
+    "process": {"errors", "service", "tap"},
+    "demo": {"errors", "service", "avatars", "ssh", "jupyter"},
+    "cli": {"", "demo"},
+    "": {"errors", "service", "avatars", "ssh", "jupyter"},
+}
+
+#: Parts that are sent to a host where nothing is installed, or could be.
+STANDARD_LIBRARY_ONLY = {"wire", "remote", "errors"}
+
+#: The edges: whoever else needs the reactor is given it.
+MAY_IMPORT_THE_REACTOR = {"tap", "process", "demo", "cli"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(name: str) -> str:
+    """``conchkernel.ssh.channel`` -> ``ssh``; the package itself -> the empty string."""
+    return [*name.split("."), ""][1]
+
+
+def moduleName(path: Path) -> str:
+    """The dotted name of a source file."""
+    words = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(words[:-1] if words[-1] == "__init__" else words)
+
+
+def importsOf(path: Path) -> list[tuple[str, int]]:
+    """Every module that a file names in an import, wherever it stands, with its line."""
+    own = moduleName(path).split(".")
+    package = own if path.name == "__init__.py" else own[:-1]
+    found: list[tuple[str, int]] = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            if name == "conchkernel" or name in ("twisted.internet", "conchkernel.remote"):
+                # `from package import module` names the module, unless it is a plain name.
+                found += [(_resolve(name, alias.name), node.lineno) for alias in node.names]
+            else:
+                found.append((name, node.lineno))
+    return found
+
+
+def _resolve(package: str, name: str) -> str:
+    if package == "twisted.internet":
+        return f"{package}.{name}"
+    home = PACKAGE.parent.joinpath(*package.split("."), name)
+    known = home.is_dir() or home.with_suffix(".py").exists() or home.with_suffix(".pyx").exists()
+    return f"{package}.{name}" if known else package
+
+
+@pytest.mark.parametrize("path", MODULES, ids=moduleName)
+def test_importsAreAllowed(path: Path) -> None:
+    """A module names only its own part of the house, what the table allows, and other packages."""
+    own = part(moduleName(path))
+    assert own in MAY_IMPORT, f"{moduleName(path)} has no line in the table"
+    wrong = [
+        f"{path.name}:{line} imports {name}"
+        for name, line in importsOf(path)
+        if name.split(".")[0] == "conchkernel" and part(name) not in MAY_IMPORT[own] | {own}
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", MODULES, ids=moduleName)
+def test_onlyEdgesImportTheReactor(path: Path) -> None:
+    """The reactor is a parameter everywhere but at the edges."""
+    if part(moduleName(path)) in MAY_IMPORT_THE_REACTOR:
+        return
+    assert "twisted.internet.reactor" not in [name for name, _ in importsOf(path)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=moduleName)
+def test_sentModulesUseTheStandardLibraryOnly(path: Path) -> None:
+    """What runs on the kernel's host imports nothing that would have to be installed there."""
+    if part(moduleName(path)) not in STANDARD_LIBRARY_ONLY:
+        return
+    foreign = {name.split(".")[0] for name, _ in importsOf(path)}
+    # The relay lives inside ipykernel, which brings these.
+    allowed = sys.stdlib_module_names | {"conchkernel", "ipykernel", "zmq", "IPython", "tornado"}
+    assert foreign <= allowed
+
+
+def test_tableNamesWhatExists() -> None:
+    """The table keeps no line for a part that is gone, but for those that are announced."""
+    existing = {part(moduleName(path)) for path in MODULES}
+    assert set(MAY_IMPORT) - existing <= {"sftp"}
+
+
+def test_importingThePackageInstallsNoReactor() -> None:
+    """An application that embeds us may still choose its reactor, with all our names in hand."""
+    program = (
+        "import sys, conchkernel\n"
+        "for name in conchkernel.__all__: getattr(conchkernel, name)\n"
+        "sys.exit('twisted.internet.reactor' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
