@@ -1,0 +1,611 @@
+"""The ``ssh-connection`` service (RFC 4254): channels, their windows, and whose turn it is.
+
+What differs from Conch's: messages are dispatched by a table and checked before they are believed,
+input is not acknowledged before somebody took it, output goes out only while the transport takes
+it, small output first and channels in turn, and replies keep the order of the requests.
+
+Rules of this file: the handlers of DATA and WINDOW_ADJUST run once per packet and call as little
+as they can; whatever a peer does wrong is a :class:`ProtocolViolation`, answered in one place.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from twisted.conch.error import ConchError
+from twisted.conch.ssh.connection import (
+    MSG_CHANNEL_CLOSE,
+    MSG_CHANNEL_DATA,
+    MSG_CHANNEL_EXTENDED_DATA,
+    MSG_CHANNEL_OPEN,
+    MSG_CHANNEL_OPEN_CONFIRMATION,
+    MSG_CHANNEL_OPEN_FAILURE,
+    MSG_CHANNEL_WINDOW_ADJUST,
+    MSG_GLOBAL_REQUEST,
+    MSG_REQUEST_FAILURE,
+    MSG_REQUEST_SUCCESS,
+    OPEN_ADMINISTRATIVELY_PROHIBITED,
+    OPEN_CONNECT_FAILED,
+    OPEN_RESOURCE_SHORTAGE,
+    OPEN_UNKNOWN_CHANNEL_TYPE,
+    SSHConnection,
+)
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionLost
+from twisted.logger import Logger
+
+from conchkernel.errors import ConchKernelError, RefusalCode, StreamRefused
+from conchkernel.ssh.channel import (
+    MAX_DATA_BYTES,
+    MAX_WINDOW,
+    ChannelRefused,
+    GatewayChannel,
+    printable,
+)
+from conchkernel.ssh.payload import DisconnectCode, Payload, ProtocolViolation, packString
+from conchkernel.ssh.replies import Replies
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.internet.interfaces import IDelayedCall
+    from twisted.python.failure import Failure
+
+_ONE = struct.Struct(">L")
+_TWO = struct.Struct(">2L")
+_THREE = struct.Struct(">3L")
+_FOUR = struct.Struct(">4L")
+
+#: sshd's MaxSessions, where the factory brings no limits.
+MAX_SESSIONS = 10
+#: Channels of all kinds, open or opening. A browser over ``ssh -D`` holds a few hundred; each may
+#: bind a window of memory.
+MAX_CHANNELS = 1024
+#: A client that takes less per packet would have us pay a packet's cost for every few bytes.
+MIN_PEER_PACKET = 1024
+
+_OPEN_CODES = {
+    RefusalCode.PROHIBITED: OPEN_ADMINISTRATIVELY_PROHIBITED,
+    RefusalCode.CONNECT_FAILED: OPEN_CONNECT_FAILED,
+    RefusalCode.UNKNOWN_KIND: OPEN_UNKNOWN_CHANNEL_TYPE,
+    RefusalCode.RESOURCE_SHORTAGE: OPEN_RESOURCE_SHORTAGE,
+}
+
+
+class GatewayConnection(SSHConnection):
+    """One authenticated client: its channels and its global requests.
+
+    The transport calls :meth:`transportPaused` when it holds more than it can send, and
+    :meth:`transportResumed` when that is over.
+    """
+
+    _log = Logger()
+
+    transport: Any
+    channels: dict[int, GatewayChannel]
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: The transport takes output.
+        self.writable = False
+        #: A channel may send past the queues: writable, and nobody waits or is being served.
+        self.clear = False
+        #: Channels that could not be credited while the transport was full.
+        self.owed: set[GatewayChannel] = set()
+        self._small: deque[GatewayChannel] = deque()
+        self._bulk: deque[GatewayChannel] = deque()
+        self._opening: set[Deferred[GatewayChannel]] = set()
+        self._noMoreSessions = False
+        self._handlers: dict[int, Callable[[bytes], object]] = {}
+        self._globalReplies: Replies[bytes | None] = Replies(self._sendGlobalReply, None)
+        self._heard = False
+        self._unanswered = 0
+        self._aliveCall: IDelayedCall | None = None
+
+    # --- life --------------------------------------------------------------------------------
+
+    def serviceStarted(self) -> None:
+        """The user is logged in; ``transport.avatar`` is who."""
+        transport = self.transport
+        self._handlers = {
+            number: getattr(self, f"ssh_{name[4:]}")
+            for number, name in self.protocolMessages.items()
+        }
+        # Decided once: the shorter way into the transport where it has one.
+        self.sendChannelData: Callable[[int, bytes], None] = getattr(
+            transport, "sendChannelData", self._sendChannelData
+        )
+        self.sendChannelExtendedData: Callable[[int, int, bytes], None] = getattr(
+            transport, "sendChannelExtendedData", self._sendChannelExtendedData
+        )
+        isWritable = getattr(transport, "isWritable", None)
+        self.writable = self.clear = True if isWritable is None else isWritable()
+        avatar = transport.avatar
+        avatar.conn = self
+        warmUp = getattr(avatar, "warmUp", None)
+        if warmUp is not None:
+            warmUp()
+        self._scheduleAlive()
+
+    def serviceStopped(self) -> None:
+        """The connection is gone: every channel is told, whatever the others make of it."""
+        self._handlers = {}
+        self.writable = self.clear = False
+        if self._aliveCall is not None:
+            self._aliveCall.cancel()
+            self._aliveCall = None
+        channels, self.channels = list(self.channels.values()), {}
+        self._small.clear()
+        self._bulk.clear()
+        self.owed.clear()
+        self._globalReplies.close()
+        for channel in channels:
+            self._endChannel(channel)
+        for opening in list(self._opening):
+            opening.cancel()
+        self._cleanupGlobalDeferreds()
+
+    def disconnect(self, reason: str, code: int = DisconnectCode.PROTOCOL_ERROR) -> None:
+        """End the whole connection and tell the peer why; what it still sends is not read."""
+        self._handlers = {}
+        self.writable = self.clear = False
+        self.transport.sendDisconnect(code, reason.encode("ascii", "backslashreplace"))
+
+    def packetReceived(self, messageNum: int, packet: bytes) -> None:
+        """The one place where a peer's mistakes, and our own, end."""
+        handler = self._handlers.get(messageNum)
+        if handler is None:
+            if self._handlers:
+                self.transport.sendUnimplemented()
+            return
+        self._heard = True
+        try:
+            handler(packet)
+        except ProtocolViolation as error:
+            self.disconnect(str(error), error.code)
+        except Exception:
+            self._log.failure("message {number} could not be handled", number=messageNum)
+            self._abandon(messageNum, packet)
+
+    def _abandon(self, messageNum: int, packet: bytes) -> None:
+        """Our own mistake costs the channel it happened in, or where there is none, all."""
+        channel = None
+        if messageNum > MSG_CHANNEL_OPEN and len(packet) >= 4:
+            channel = self.channels.get(int.from_bytes(packet[:4], "big"))
+        if channel is None or channel.remoteId < 0:
+            self.disconnect("internal error", DisconnectCode.BY_APPLICATION)
+        else:
+            channel.abortConnection()
+
+    # --- whose turn it is --------------------------------------------------------------------
+
+    def transportPaused(self) -> None:
+        """The transport is full: nothing is sent, and nobody credited, until it resumes."""
+        self.writable = self.clear = False
+
+    def transportResumed(self) -> None:
+        """The transport takes output again."""
+        if not self._handlers:
+            return
+        self.writable = True
+        self._pump()
+        if self.owed and self.writable:
+            owed, self.owed = self.owed, set()
+            for channel in owed:
+                channel.credit()
+
+    def schedule(self, channel: GatewayChannel, small: bool) -> None:
+        """``channel`` has something to send.
+
+        :param small: it is little, and what it had is all sent: it goes before others' bulk.
+        """
+        if not channel.scheduled:
+            channel.scheduled = True
+            (self._small if small else self._bulk).append(channel)
+            if self.clear:
+                self._pump()
+
+    def _pump(self) -> None:
+        """Send while the transport takes it: small output first, then a packet each in turn."""
+        small, bulk = self._small, self._bulk
+        self.clear = False
+        while self.writable:
+            if small:
+                channel = small.popleft()
+            elif bulk:
+                channel = bulk.popleft()
+            else:
+                self.clear = True
+                return
+            # Stays marked while it is served, so that what it is credited meanwhile only queues.
+            try:
+                if channel.sendNext():
+                    bulk.append(channel)
+                else:
+                    channel.scheduled = False
+            except Exception:
+                self._log.failure("channel {id} could not send", id=channel.id)
+                self.channelClosed(channel)
+
+    def _sendChannelData(self, recipient: int, data: bytes) -> None:
+        self.transport.sendPacket(MSG_CHANNEL_DATA, _TWO.pack(recipient, len(data)) + data)
+
+    def _sendChannelExtendedData(self, recipient: int, dataType: int, data: bytes) -> None:
+        self.transport.sendPacket(
+            MSG_CHANNEL_EXTENDED_DATA, _THREE.pack(recipient, dataType, len(data)) + data
+        )
+
+    # --- bytes -------------------------------------------------------------------------------
+
+    def ssh_CHANNEL_DATA(self, packet: bytes) -> None:
+        """Payload: uint32 our channel, string data."""
+        if len(packet) < 8:
+            raise ProtocolViolation("truncated message")
+        local, size = _TWO.unpack_from(packet)
+        channel = self.channels.get(local)
+        if channel is None:
+            self._find(local)
+            return
+        left = channel.localWindowLeft - size
+        if left < 0 or size != len(packet) - 8 or size > channel.localMaxPacket:
+            raise self._badData(channel, size, len(packet) - 8)
+        channel.localWindowLeft = left
+        channel.deliver(packet[8:])
+
+    def ssh_CHANNEL_EXTENDED_DATA(self, packet: bytes) -> None:
+        """Payload: uint32 our channel, uint32 type, string data."""
+        if len(packet) < 12:
+            raise ProtocolViolation("truncated message")
+        local, dataType, size = _THREE.unpack_from(packet)
+        channel = self._find(local)
+        if channel is None:
+            return
+        left = channel.localWindowLeft - size
+        if left < 0 or size != len(packet) - 12 or size > channel.localMaxPacket:
+            raise self._badData(channel, size, len(packet) - 12)
+        channel.localWindowLeft = left
+        channel.extReceived(dataType, packet[12:])
+
+    def ssh_CHANNEL_WINDOW_ADJUST(self, packet: bytes) -> None:
+        """Payload: uint32 our channel, uint32 bytes to add."""
+        if len(packet) != 8:
+            raise ProtocolViolation("malformed window adjust")
+        local, count = _TWO.unpack(packet)
+        channel = self.channels.get(local)
+        if channel is None:
+            self._find(local)
+            return
+        if channel.remoteWindowLeft + count > MAX_WINDOW:
+            raise ProtocolViolation(f"window of channel {local} overflows")
+        channel.addWindowBytes(count)
+
+    def _badData(self, channel: GatewayChannel, size: int, actual: int) -> ProtocolViolation:
+        if size != actual:
+            return ProtocolViolation("malformed channel data")
+        if size > channel.localMaxPacket:
+            return ProtocolViolation(f"packet too large for channel {channel.id}")
+        return ProtocolViolation(f"window of channel {channel.id} ignored")
+
+    def _find(self, local: int) -> GatewayChannel | None:
+        """The channel; ``None`` if it is closed already, which a peer may not know yet."""
+        channel = self.channels.get(local)
+        if channel is not None and channel.remoteId >= 0:
+            return channel
+        if channel is not None or local >= self.localChannelID:
+            raise ProtocolViolation(f"no channel {local}")
+        return None
+
+    # --- channels come and go ----------------------------------------------------------------
+
+    def ssh_CHANNEL_OPEN(self, packet: bytes) -> None:
+        """Payload: string type, uint32 sender channel, uint32 window, uint32 max packet, ..."""
+        fields = Payload(packet)
+        kind = fields.string()
+        sender, window, maxPacket = fields.uint32(), fields.uint32(), fields.uint32()
+        data = fields.rest()
+        try:
+            channel = self.getChannel(kind, window, maxPacket, data)
+        except ChannelRefused as refused:
+            self._refuse(sender, refused.code, str(refused))
+            return
+        except ConchError as refused:
+            # (code, text) by an IConchUser that is not ours.
+            code = refused.value if isinstance(refused.value, int) else OPEN_CONNECT_FAILED
+            self._refuse(sender, code, "open failed")
+            return
+        if isinstance(channel, Deferred):
+            self._opening.add(channel)
+            channel.addBoth(self._opened, channel)
+            channel.addCallback(self._confirm, sender, data)
+            channel.addErrback(self._notOpened, sender)
+        else:
+            self._confirm(channel, sender, data)
+
+    def getChannel(
+        self, channelType: bytes, windowSize: int, maxPacket: int, data: bytes
+    ) -> GatewayChannel | Deferred[GatewayChannel]:
+        """The channel a client asks for, or a Deferred of it.
+
+        :raises ChannelRefused: with the sentence for the client.
+        """
+        if maxPacket < MIN_PEER_PACKET:
+            raise ChannelRefused(
+                OPEN_ADMINISTRATIVELY_PROHIBITED,
+                f"a maximum packet size of {maxPacket} is too small",
+            )
+        if len(self.channels) + len(self._opening) >= MAX_CHANNELS:
+            raise ChannelRefused(OPEN_RESOURCE_SHORTAGE, "too many channels")
+        if channelType == b"session":
+            self._checkSessions()
+        channel = self.transport.avatar.lookupChannel(channelType, windowSize, maxPacket, data)
+        if channel is None:
+            raise ChannelRefused(
+                OPEN_UNKNOWN_CHANNEL_TYPE, f"unknown channel type {printable(channelType)}"
+            )
+        return channel
+
+    def _checkSessions(self) -> None:
+        if self._noMoreSessions:
+            raise ChannelRefused(OPEN_ADMINISTRATIVELY_PROHIBITED, "no more sessions were wanted")
+        limit = getattr(self._limits(), "maxSessions", MAX_SESSIONS)
+        sessions = sum(
+            channel.name == b"session" and not channel.localClosed
+            for channel in self.channels.values()
+        )
+        if sessions >= limit:
+            raise ChannelRefused(
+                OPEN_RESOURCE_SHORTAGE, f"open failed: {limit} sessions are open (MaxSessions)"
+            )
+
+    def _limits(self) -> object:
+        return getattr(getattr(self.transport, "factory", None), "limits", None)
+
+    def _confirm(self, channel: GatewayChannel, sender: int, data: bytes) -> None:
+        local = self.localChannelID
+        self.localChannelID += 1
+        channel.id = local
+        channel.conn = self
+        channel.remoteId = sender
+        self.channels[local] = channel
+        self.transport.sendPacket(
+            MSG_CHANNEL_OPEN_CONFIRMATION,
+            _FOUR.pack(sender, local, channel.localWindowSize, channel.localMaxPacket)
+            + channel.specificData,
+        )
+        channel.channelOpen(data)
+
+    def _refuse(self, sender: int, code: int, message: str) -> None:
+        self.transport.sendPacket(
+            MSG_CHANNEL_OPEN_FAILURE,
+            _TWO.pack(sender, code) + packString(message.encode()) + packString(b""),
+        )
+
+    def _opened(
+        self, result: GatewayChannel | Failure, opening: Deferred[GatewayChannel]
+    ) -> GatewayChannel | Failure:
+        self._opening.discard(opening)
+        return result
+
+    def _notOpened(self, reason: Failure, sender: int) -> None:
+        error = reason.value
+        if not self._handlers:
+            if not isinstance(error, CancelledError):
+                self._log.info("channel not opened: {error}", error=error)
+        elif isinstance(error, ChannelRefused):
+            self._refuse(sender, error.code, str(error))
+        elif isinstance(error, StreamRefused):
+            self._refuse(sender, _OPEN_CODES.get(error.code, OPEN_CONNECT_FAILED), str(error))
+        elif isinstance(error, ConchKernelError):
+            self._refuse(sender, OPEN_CONNECT_FAILED, str(error))
+        else:
+            self._log.failure("channel could not be opened", reason)
+            self._refuse(sender, OPEN_CONNECT_FAILED, "open failed")
+
+    def openChannel(self, channel: GatewayChannel, extra: bytes = b"") -> None:
+        """Ask the client for a channel; ``channelOpen`` or ``openFailed`` is called on it."""
+        channel.id = self.localChannelID
+        channel.conn = self
+        self.localChannelID += 1
+        self.channels[channel.id] = channel
+        self.transport.sendPacket(
+            MSG_CHANNEL_OPEN,
+            packString(channel.name)
+            + _THREE.pack(channel.id, channel.localWindowSize, channel.localMaxPacket)
+            + extra,
+        )
+
+    def ssh_CHANNEL_OPEN_CONFIRMATION(self, packet: bytes) -> None:
+        """Payload: uint32 our channel, uint32 sender channel, uint32 window, uint32 max, ..."""
+        fields = Payload(packet)
+        channel = self._asked(fields.uint32())
+        remoteId, window, maxPacket = fields.uint32(), fields.uint32(), fields.uint32()
+        channel.remoteId = remoteId
+        if maxPacket < MIN_PEER_PACKET:
+            raise ProtocolViolation(f"a maximum packet size of {maxPacket} is too small")
+        channel.remoteWindowLeft = window
+        channel.remoteMaxPacket = min(maxPacket, MAX_DATA_BYTES)
+        channel.channelOpen(fields.rest())
+
+    def ssh_CHANNEL_OPEN_FAILURE(self, packet: bytes) -> None:
+        """Payload: uint32 our channel, uint32 reason, string description, string language."""
+        fields = Payload(packet)
+        channel = self._asked(fields.uint32())
+        code, description = fields.uint32(), fields.string()
+        del self.channels[channel.id]
+        channel.openFailed(ChannelRefused(code, printable(description)))
+
+    def _asked(self, local: int) -> GatewayChannel:
+        channel = self.channels.get(local)
+        if channel is None or channel.remoteId >= 0:
+            raise ProtocolViolation(f"channel {local} was not asked for")
+        return channel
+
+    def ssh_CHANNEL_EOF(self, packet: bytes) -> None:
+        """Payload: uint32 our channel."""
+        channel = self._only(packet)
+        if channel is not None:
+            channel.eofReceived()
+
+    def ssh_CHANNEL_CLOSE(self, packet: bytes) -> None:
+        """Payload: uint32 our channel."""
+        channel = self._only(packet)
+        if channel is None:
+            return
+        channel.remoteClosed = True
+        if channel.localClosed:
+            self.channelClosed(channel)
+        else:
+            channel.closeReceived()
+
+    def _only(self, packet: bytes) -> GatewayChannel | None:
+        if len(packet) != 4:
+            raise ProtocolViolation("malformed channel message")
+        return self._find(int.from_bytes(packet, "big"))
+
+    def sendClose(self, channel: GatewayChannel) -> None:
+        """Send CLOSE at once; :meth:`GatewayChannel.loseConnection` sends it after the data."""
+        if channel.localClosed:
+            return
+        channel.localClosed = True
+        self.transport.sendPacket(MSG_CHANNEL_CLOSE, _ONE.pack(channel.remoteId))
+        if channel.remoteClosed:
+            self.channelClosed(channel)
+
+    def channelClosed(self, channel: GatewayChannel) -> None:
+        """Both sides have closed."""
+        if self.channels.pop(channel.id, None) is not None:
+            self.owed.discard(channel)
+            self._endChannel(channel)
+
+    def _endChannel(self, channel: GatewayChannel) -> None:
+        try:
+            if channel.remoteId < 0:
+                channel.openFailed(ConnectionLost())
+            else:
+                channel.localClosed = channel.remoteClosed = True
+                channel.closed()
+        except Exception:
+            self._log.failure("channel {id} did not end well", id=channel.id)
+
+    def adjustWindow(self, channel: GatewayChannel, bytesToAdd: int) -> None:
+        """Let the client send ``bytesToAdd`` more."""
+        if not channel.localClosed:
+            channel.localWindowLeft += bytesToAdd
+            self.transport.sendPacket(
+                MSG_CHANNEL_WINDOW_ADJUST, _TWO.pack(channel.remoteId, bytesToAdd)
+            )
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def ssh_CHANNEL_REQUEST(self, packet: bytes) -> None:
+        """Payload: uint32 our channel, string name, boolean want reply, ..."""
+        fields = Payload(packet)
+        channel = self._find(fields.uint32())
+        name, wantReply = fields.string(), fields.boolean()
+        if channel is None or channel.localClosed:
+            return
+        answer = channel.requestReceived(name, fields.rest())
+        if wantReply:
+            channel.replies.add(answer)
+        elif isinstance(answer, Deferred):
+            answer.addErrback(self._requestFailed)
+
+    def ssh_CHANNEL_SUCCESS(self, packet: bytes) -> None:
+        """Payload: uint32 our channel. We ask for no replies, so there is none to match."""
+        self._only(packet)
+
+    def ssh_CHANNEL_FAILURE(self, packet: bytes) -> None:
+        """Payload: uint32 our channel."""
+        self._only(packet)
+
+    def ssh_GLOBAL_REQUEST(self, packet: bytes) -> None:
+        """Payload: string name, boolean want reply, ..."""
+        fields = Payload(packet)
+        name, wantReply = fields.string(), fields.boolean()
+        answer = self.gotGlobalRequest(name, fields.rest())
+        if isinstance(answer, Deferred):
+            if wantReply:
+                self._globalReplies.add(answer.addCallback(_globalReply))
+            else:
+                answer.addErrback(self._requestFailed)
+        elif wantReply:
+            self._globalReplies.add(_globalReply(answer))
+
+    def gotGlobalRequest(self, requestType: bytes, data: bytes) -> Any:
+        """Answer as :meth:`IConchUser.gotGlobalRequest` does, or with a Deferred of that.
+
+        What the connection itself does not know is the avatar's; what nobody knows is refused,
+        and that is all ``keepalive@openssh.com`` wants to hear.
+        """
+        if requestType == b"no-more-sessions@openssh.com":
+            self._noMoreSessions = True
+            return True
+        return self.transport.avatar.gotGlobalRequest(requestType, data)
+
+    def _requestFailed(self, reason: Failure) -> None:
+        self._log.failure("a request could not be carried out", reason)
+
+    def _sendGlobalReply(self, data: bytes | None) -> None:
+        if data is None:
+            self.transport.sendPacket(MSG_REQUEST_FAILURE, b"")
+        else:
+            self.transport.sendPacket(MSG_REQUEST_SUCCESS, data)
+
+    def sendGlobalRequest(
+        self, request: bytes, data: bytes, wantReply: bool = False
+    ) -> Deferred[bytes] | None:
+        """Ask the client something that concerns no channel.
+
+        :returns: its reply, if one is wanted; fails with :class:`ConchError` if it refuses.
+        """
+        self.transport.sendPacket(
+            MSG_GLOBAL_REQUEST, packString(request) + (b"\1" if wantReply else b"\0") + data
+        )
+        if not wantReply:
+            return None
+        reply: Deferred[bytes] = Deferred()
+        self.deferreds["global"].append(reply)
+        return reply
+
+    def ssh_REQUEST_SUCCESS(self, packet: bytes) -> None:
+        """Payload: what the request defines."""
+        if self.deferreds["global"]:
+            self.deferreds["global"].pop(0).callback(packet)
+
+    def ssh_REQUEST_FAILURE(self, packet: bytes) -> None:
+        """No payload."""
+        if self.deferreds["global"]:
+            self.deferreds["global"].pop(0).errback(ConchError("request refused"))
+
+    # --- is anybody there --------------------------------------------------------------------
+
+    def _scheduleAlive(self) -> None:
+        interval = getattr(self._limits(), "clientAliveInterval", 0)
+        clock = getattr(getattr(self.transport, "factory", None), "clock", None)
+        if interval and clock is not None:
+            self._aliveCall = clock.callLater(interval, self._checkAlive)
+
+    def _checkAlive(self) -> None:
+        """sshd's ClientAliveInterval and ClientAliveCountMax: ask one who has been silent."""
+        self._aliveCall = None
+        if self._heard:
+            self._heard = False
+            self._unanswered = 0
+        elif self._unanswered >= getattr(self._limits(), "clientAliveCountMax", 3):
+            self.disconnect("the client does not respond", DisconnectCode.BY_APPLICATION)
+            return
+        else:
+            self._unanswered += 1
+            reply = self.sendGlobalRequest(b"keepalive@openssh.com", b"", True)
+            if reply is not None:
+                reply.addBoth(lambda _: None)
+        self._scheduleAlive()
+
+
+def _globalReply(answer: Any) -> bytes | None:
+    """An :class:`IConchUser` answer as the reply's data, ``None`` for a failure."""
+    if not answer:
+        return None
+    return answer[1] if isinstance(answer, tuple) else b""
