@@ -28,7 +28,7 @@ from twisted.conch.ssh.connection import (
 from twisted.logger import Logger
 
 from conchkernel.errors import ConchKernelError
-from conchkernel.ssh.payload import packString
+from conchkernel.ssh.fields import string
 from conchkernel.ssh.replies import Replies
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class GatewayChannel(SSHChannel):
     def sendRequest(self, requestType: bytes, data: bytes) -> None:
         """Send a request that wants no reply, after all output written so far."""
         if self._outgoing < Outgoing.CLOSED:
-            self._follow(MSG_CHANNEL_REQUEST, packString(requestType) + b"\0" + data)
+            self._follow(MSG_CHANNEL_REQUEST, string(requestType) + b"\0" + data)
 
     def writeEOF(self) -> None:
         """Send EOF after all output written so far. Idempotent."""

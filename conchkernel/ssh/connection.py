@@ -5,7 +5,7 @@ input is not acknowledged before somebody took it, output goes out only while th
 it, small output first and channels in turn, and replies keep the order of the requests.
 
 Rules of this file: the handlers of DATA and WINDOW_ADJUST run once per packet and call as little
-as they can; whatever a peer does wrong is a :class:`ProtocolViolation`, answered in one place.
+as they can; whatever a peer does wrong is a :class:`ProtocolError`, answered in one place.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from conchkernel.ssh.channel import (
     GatewayChannel,
     printable,
 )
-from conchkernel.ssh.payload import DisconnectCode, Payload, ProtocolViolation, packString
+from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, string
 from conchkernel.ssh.replies import Replies
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class GatewayConnection(SSHConnection):
         self._heard = True
         try:
             handler(packet)
-        except ProtocolViolation as error:
+        except ProtocolError as error:
             self.disconnect(str(error), error.code)
         except Exception:
             self._log.failure("message {number} could not be handled", number=messageNum)
@@ -242,7 +242,7 @@ class GatewayConnection(SSHConnection):
     def ssh_CHANNEL_DATA(self, packet: bytes) -> None:
         """Payload: uint32 our channel, string data."""
         if len(packet) < 8:
-            raise ProtocolViolation("truncated message")
+            raise ProtocolError("truncated message")
         local, size = _TWO.unpack_from(packet)
         channel = self.channels.get(local)
         if channel is None:
@@ -257,7 +257,7 @@ class GatewayConnection(SSHConnection):
     def ssh_CHANNEL_EXTENDED_DATA(self, packet: bytes) -> None:
         """Payload: uint32 our channel, uint32 type, string data."""
         if len(packet) < 12:
-            raise ProtocolViolation("truncated message")
+            raise ProtocolError("truncated message")
         local, dataType, size = _THREE.unpack_from(packet)
         channel = self._find(local)
         if channel is None:
@@ -271,22 +271,22 @@ class GatewayConnection(SSHConnection):
     def ssh_CHANNEL_WINDOW_ADJUST(self, packet: bytes) -> None:
         """Payload: uint32 our channel, uint32 bytes to add."""
         if len(packet) != 8:
-            raise ProtocolViolation("malformed window adjust")
+            raise ProtocolError("malformed window adjust")
         local, count = _TWO.unpack(packet)
         channel = self.channels.get(local)
         if channel is None:
             self._find(local)
             return
         if channel.remoteWindowLeft + count > MAX_WINDOW:
-            raise ProtocolViolation(f"window of channel {local} overflows")
+            raise ProtocolError(f"window of channel {local} overflows")
         channel.addWindowBytes(count)
 
-    def _badData(self, channel: GatewayChannel, size: int, actual: int) -> ProtocolViolation:
+    def _badData(self, channel: GatewayChannel, size: int, actual: int) -> ProtocolError:
         if size != actual:
-            return ProtocolViolation("malformed channel data")
+            return ProtocolError("malformed channel data")
         if size > channel.localMaxPacket:
-            return ProtocolViolation(f"packet too large for channel {channel.id}")
-        return ProtocolViolation(f"window of channel {channel.id} ignored")
+            return ProtocolError(f"packet too large for channel {channel.id}")
+        return ProtocolError(f"window of channel {channel.id} ignored")
 
     def _find(self, local: int) -> GatewayChannel | None:
         """The channel; ``None`` if it is closed already, which a peer may not know yet."""
@@ -294,14 +294,14 @@ class GatewayConnection(SSHConnection):
         if channel is not None and channel.remoteId >= 0:
             return channel
         if channel is not None or local >= self.localChannelID:
-            raise ProtocolViolation(f"no channel {local}")
+            raise ProtocolError(f"no channel {local}")
         return None
 
     # --- channels come and go ----------------------------------------------------------------
 
     def ssh_CHANNEL_OPEN(self, packet: bytes) -> None:
         """Payload: string type, uint32 sender channel, uint32 window, uint32 max packet, ..."""
-        fields = Payload(packet)
+        fields = Fields(packet, "CHANNEL_OPEN")
         kind = fields.string()
         sender, window, maxPacket = fields.uint32(), fields.uint32(), fields.uint32()
         data = fields.rest()
@@ -379,7 +379,7 @@ class GatewayConnection(SSHConnection):
     def _refuse(self, sender: int, code: int, message: str) -> None:
         self.transport.sendPacket(
             MSG_CHANNEL_OPEN_FAILURE,
-            _TWO.pack(sender, code) + packString(message.encode()) + packString(b""),
+            _TWO.pack(sender, code) + string(message.encode()) + string(b""),
         )
 
     def _opened(
@@ -411,26 +411,26 @@ class GatewayConnection(SSHConnection):
         self.channels[channel.id] = channel
         self.transport.sendPacket(
             MSG_CHANNEL_OPEN,
-            packString(channel.name)
+            string(channel.name)
             + _THREE.pack(channel.id, channel.localWindowSize, channel.localMaxPacket)
             + extra,
         )
 
     def ssh_CHANNEL_OPEN_CONFIRMATION(self, packet: bytes) -> None:
         """Payload: uint32 our channel, uint32 sender channel, uint32 window, uint32 max, ..."""
-        fields = Payload(packet)
+        fields = Fields(packet, "CHANNEL_OPEN_CONFIRMATION")
         channel = self._asked(fields.uint32())
         remoteId, window, maxPacket = fields.uint32(), fields.uint32(), fields.uint32()
         channel.remoteId = remoteId
         if maxPacket < MIN_PEER_PACKET:
-            raise ProtocolViolation(f"a maximum packet size of {maxPacket} is too small")
+            raise ProtocolError(f"a maximum packet size of {maxPacket} is too small")
         channel.remoteWindowLeft = window
         channel.remoteMaxPacket = min(maxPacket, MAX_DATA_BYTES)
         channel.channelOpen(fields.rest())
 
     def ssh_CHANNEL_OPEN_FAILURE(self, packet: bytes) -> None:
         """Payload: uint32 our channel, uint32 reason, string description, string language."""
-        fields = Payload(packet)
+        fields = Fields(packet, "CHANNEL_OPEN_FAILURE")
         channel = self._asked(fields.uint32())
         code, description = fields.uint32(), fields.string()
         del self.channels[channel.id]
@@ -439,7 +439,7 @@ class GatewayConnection(SSHConnection):
     def _asked(self, local: int) -> GatewayChannel:
         channel = self.channels.get(local)
         if channel is None or channel.remoteId >= 0:
-            raise ProtocolViolation(f"channel {local} was not asked for")
+            raise ProtocolError(f"channel {local} was not asked for")
         return channel
 
     def ssh_CHANNEL_EOF(self, packet: bytes) -> None:
@@ -461,7 +461,7 @@ class GatewayConnection(SSHConnection):
 
     def _only(self, packet: bytes) -> GatewayChannel | None:
         if len(packet) != 4:
-            raise ProtocolViolation("malformed channel message")
+            raise ProtocolError("malformed channel message")
         return self._find(int.from_bytes(packet, "big"))
 
     def sendClose(self, channel: GatewayChannel) -> None:
@@ -501,7 +501,7 @@ class GatewayConnection(SSHConnection):
 
     def ssh_CHANNEL_REQUEST(self, packet: bytes) -> None:
         """Payload: uint32 our channel, string name, boolean want reply, ..."""
-        fields = Payload(packet)
+        fields = Fields(packet, "CHANNEL_REQUEST")
         channel = self._find(fields.uint32())
         name, wantReply = fields.string(), fields.boolean()
         if channel is None or channel.localClosed:
@@ -522,7 +522,7 @@ class GatewayConnection(SSHConnection):
 
     def ssh_GLOBAL_REQUEST(self, packet: bytes) -> None:
         """Payload: string name, boolean want reply, ..."""
-        fields = Payload(packet)
+        fields = Fields(packet, "GLOBAL_REQUEST")
         name, wantReply = fields.string(), fields.boolean()
         answer = self.gotGlobalRequest(name, fields.rest())
         if isinstance(answer, Deferred):
@@ -561,7 +561,7 @@ class GatewayConnection(SSHConnection):
         :returns: its reply, if one is wanted; fails with :class:`ConchError` if it refuses.
         """
         self.transport.sendPacket(
-            MSG_GLOBAL_REQUEST, packString(request) + (b"\1" if wantReply else b"\0") + data
+            MSG_GLOBAL_REQUEST, string(request) + (b"\1" if wantReply else b"\0") + data
         )
         if not wantReply:
             return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from conchkernel.ssh.payload import ProtocolViolation
+from conchkernel.ssh.fields import ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,17 +43,17 @@ class Replies(Generic[T]):
     def add(self, answer: T | Deferred[T]) -> None:
         """Reply with ``answer`` after all replies owed already.
 
-        :raises ProtocolViolation: if the peer asks on and on without taking a breath.
+        :raises ProtocolError: if the peer asks on and on without taking a breath.
         """
         if isinstance(answer, Deferred):
             if len(self._owed) >= MAX_WAITING:
-                raise ProtocolViolation("too many requests at once")
+                raise ProtocolError("too many requests at once")
             slot: list[T] = []
             self._owed.append(slot)
             answer.addErrback(self._failed).addCallback(self._answered, slot)
         elif self._owed:
             if len(self._owed) >= MAX_WAITING:
-                raise ProtocolViolation("too many requests at once")
+                raise ProtocolError("too many requests at once")
             self._owed.append([answer])
         else:
             self._send(answer)

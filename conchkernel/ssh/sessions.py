@@ -28,7 +28,7 @@ from conchkernel.interfaces import (
     WindowSize,
 )
 from conchkernel.ssh.channel import CREDIT_CAP_BYTES, GatewayChannel
-from conchkernel.ssh.payload import Payload, packString
+from conchkernel.ssh.fields import Fields, string
 from conchkernel.ssh.ttymodes import parseModes
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class SessionChannel(GatewayChannel):
 
     def request_pty_req(self, data: bytes) -> bool:
         """Payload: string TERM, uint32 columns, rows, width, height, string modes."""
-        fields = Payload(data)
+        fields = Fields(data, "pty-req")
         term, size, modes = fields.string(), _windowSize(fields), parseModes(fields.string())
         fields.end()
         if self.stage is not Stage.LARVAL or self._pty is not None or len(term) > MAX_TERM_BYTES:
@@ -122,7 +122,7 @@ class SessionChannel(GatewayChannel):
 
     def request_env(self, data: bytes) -> bool:
         """Payload: string name, string value."""
-        fields = Payload(data)
+        fields = Fields(data, "env request")
         name, value = fields.string(), fields.string()
         fields.end()
         if self.stage is not Stage.LARVAL or not self._isAccepted(name) or b"\0" in value:
@@ -146,7 +146,7 @@ class SessionChannel(GatewayChannel):
 
     def request_window_change(self, data: bytes) -> bool:
         """Payload: uint32 columns, rows, width, height."""
-        fields = Payload(data)
+        fields = Fields(data, "window-change")
         size = _windowSize(fields)
         fields.end()
         if self._pty is None:
@@ -160,12 +160,12 @@ class SessionChannel(GatewayChannel):
 
     def request_shell(self, data: bytes) -> bool | Deferred[bool]:
         """No payload."""
-        Payload(data).end()
+        Fields(data, "shell request").end()
         return self._start(None)
 
     def request_exec(self, data: bytes) -> bool | Deferred[bool]:
         """Payload: string command."""
-        fields = Payload(data)
+        fields = Fields(data, "exec request")
         command = fields.string()
         fields.end()
         if len(command) > MAX_COMMAND_BYTES or b"\0" in command:
@@ -174,7 +174,7 @@ class SessionChannel(GatewayChannel):
 
     def request_subsystem(self, data: bytes) -> bool:
         """Payload: string name."""
-        fields = Payload(data)
+        fields = Fields(data, "subsystem request")
         name = fields.string()
         fields.end()
         serve = self.avatar.subsystemLookup.get(name)
@@ -242,7 +242,7 @@ class SessionChannel(GatewayChannel):
 
     def request_signal(self, data: bytes) -> bool:
         """Payload: string name, without its SIG."""
-        fields = Payload(data)
+        fields = Fields(data, "signal request")
         name = SIGNALS.get(fields.string())
         fields.end()
         if name is None or self._stream is None:
@@ -252,7 +252,7 @@ class SessionChannel(GatewayChannel):
 
     def request_break(self, data: bytes) -> bool:
         """Payload: uint32 milliseconds (RFC 4335)."""
-        fields = Payload(data)
+        fields = Fields(data, "break request")
         milliseconds = fields.uint32()
         fields.end()
         if self._pty is None or self._stream is None:
@@ -262,7 +262,7 @@ class SessionChannel(GatewayChannel):
 
     def request_eow(self, data: bytes) -> bool:
         """No payload: the client has nowhere to put more output (OpenSSH's PROTOCOL, 2.1)."""
-        Payload(data).end()
+        Fields(data, "eow@openssh.com").end()
         self.discardOutput()
         if self._stream is not None:
             self._stream.stopReading()
@@ -291,10 +291,10 @@ class SessionChannel(GatewayChannel):
         else:
             self.sendRequest(
                 b"exit-signal",
-                packString(exit.name.encode("ascii", "replace"))
+                string(exit.name.encode("ascii", "replace"))
                 + (b"\1" if exit.core_dumped else b"\0")
-                + packString(exit.message.encode("utf-8", "replace"))
-                + packString(b""),
+                + string(exit.message.encode("utf-8", "replace"))
+                + string(b""),
             )
         self._end(None)
 
@@ -366,7 +366,7 @@ class SessionChannel(GatewayChannel):
     }
 
 
-def _windowSize(fields: Payload) -> WindowSize:
+def _windowSize(fields: Fields) -> WindowSize:
     """Four numbers; a terminal has 16 bits for each, so what is larger is cut."""
     return WindowSize(*(min(fields.uint32(), 0xFFFF) for _ in range(4)))
 

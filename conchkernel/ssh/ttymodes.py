@@ -6,7 +6,7 @@ is, so that modes of other systems travel untouched.
 
 from __future__ import annotations
 
-from conchkernel.ssh.payload import ProtocolViolation
+from conchkernel.ssh.fields import ProtocolError
 
 #: Ends the list.
 TTY_OP_END = 0
@@ -19,7 +19,7 @@ MAX_MODES = 256
 def parseModes(data: bytes) -> tuple[tuple[int, int], ...]:
     """The modes as (opcode, argument), in the client's order.
 
-    :raises ProtocolViolation: if an argument is cut short or the list is endless.
+    :raises ProtocolError: if an argument is cut short or the list is endless.
     """
     modes: list[tuple[int, int]] = []
     offset = 0
@@ -29,9 +29,9 @@ def parseModes(data: bytes) -> tuple[tuple[int, int], ...]:
             break
         argument = data[offset + 1 : offset + 5]
         if len(argument) != 4:
-            raise ProtocolViolation("truncated terminal modes")
+            raise ProtocolError("truncated terminal modes")
         if len(modes) == MAX_MODES:
-            raise ProtocolViolation("too many terminal modes")
+            raise ProtocolError("too many terminal modes")
         modes.append((opcode, int.from_bytes(argument, "big")))
         offset += 5
     return tuple(modes)
