@@ -1,0 +1,537 @@
+"""The gateway's end of the wire: streams for the SSH side, over carriers that come and go.
+
+A :class:`Link` is one session with one agent. It owns the :class:`~conchkernel.wire.Endpoint`, asks
+its ``connect`` for a carrier whenever it has none, attaches, and sends again what was lost. It does not
+know what a carrier is made of: :mod:`conchkernel.jupyter.kernel` brings WebSockets,
+:mod:`conchkernel.testing` a local socket.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from conchkernel import wire
+from conchkernel.errors import (
+    ConchKernelError,
+    JupyterError,
+    LinkLost,
+    RefusalCode,
+    StreamRefused,
+)
+from conchkernel.interfaces import (
+    ExitSignal,
+    ExitStatus,
+    IStream,
+    ProcessRequest,
+    WindowSize,
+)
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
+#: How long streams live without a carrier before they are given up.
+SURVIVAL_SECONDS = 60.0
+#: Pause before the first, and at most before the next, attempt to attach again.
+RETRY_FIRST_SECONDS = 0.1
+RETRY_MOST_SECONDS = 15.0
+#: A session that is asked for longer than this to say farewell is left alone.
+FAREWELL_SECONDS = 4.0
+ATTACH_SECONDS = 20.0
+
+
+class Carrier(Protocol):
+    """A road for messages. It calls its user's ``received`` and, once, ``lost``."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether it takes messages without queueing them for long."""
+
+    def send(self, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Send one message, given in parts."""
+
+    def close(self) -> None:
+        """Give it up. ``lost`` is not called any more."""
+
+
+class CarrierUser(Protocol):
+    """What a carrier tells."""
+
+    def received(self, message: bytes) -> None:
+        """One message has come."""
+
+    def lost(self, reason: Exception) -> None:
+        """The carrier is gone."""
+
+    def resumed(self) -> None:
+        """It is writable again."""
+
+
+Connect = Callable[[CarrierUser], Awaitable[Carrier]]
+
+
+class _State(enum.Enum):
+    NEW = "new"
+    ATTACHED = "attached"
+    DETACHED = "detached"
+    CLOSED = "closed"
+
+
+class Link:
+    """One session with an agent.
+
+    :param connect: makes a carrier that leads to the agent and tells this link.
+    :param secret: what the agent must be told.
+    :param defaults: added to each OPEN: ``shell`` and ``directory``, where given.
+    :param pingSeconds: how often the agent hears from us; well below its orphan timeout.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        reactor: Any,
+        connect: Connect,
+        secret: str,
+        *,
+        defaults: dict[str, Any] | None = None,
+        pingSeconds: float = 15.0,
+        survivalSeconds: float = SURVIVAL_SECONDS,
+    ) -> None:
+        self._reactor = reactor
+        self._connect = connect
+        self._secret = secret
+        self._defaults = {k: v for k, v in (defaults or {}).items() if v}
+        self._pingSeconds = pingSeconds
+        self._survivalSeconds = survivalSeconds
+        self._state = _State.NEW
+        self._carrier: Carrier | None = None
+        self._streams: set[KernelStream] = set()
+        self._flushing = False
+        self._answer: Deferred[dict[str, Any]] | None = None
+        self._farewell: Deferred[int] | None = None
+        self._attaching: Deferred[None] | None = None
+        self._retry: IDelayedCall | None = None
+        self._giveUp: IDelayedCall | None = None
+        self._ping: IDelayedCall | None = None
+        self._attempts = 0
+        self._complained = False
+        self._heard = 0.0
+        self._newSession()
+
+    def _newSession(self) -> None:
+        self._session = secrets.token_hex(16)
+        self._endpoint = wire.Endpoint(told=self._told)
+
+    # --- attaching ---------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Attach for the first time.
+
+        :raises JupyterError: with a sentence; the link may be started again.
+        """
+        try:
+            await self._attach()
+        except BaseException:
+            self._dropCarrier()
+            self._newSession()
+            raise
+
+    async def _attach(self) -> None:
+        self._carrier = None
+        carrier = await self._connect(self)
+        if self._state is _State.CLOSED:
+            carrier.close()
+            raise LinkLost("the gateway is stopping")
+        self._carrier = carrier
+        self._heard = self._reactor.seconds()
+        answer: Deferred[dict[str, Any]] = Deferred()
+        answer.addTimeout(ATTACH_SECONDS, self._reactor)
+        self._answer = answer
+        request = {
+            "versions": [wire.VERSION],
+            "session": self._session,
+            "received": self._endpoint.received_bytes,
+            "secret": self._secret,
+        }
+        carrier.send([wire.message_of(wire.ATTACH, request)])
+        try:
+            attached = await answer
+        except TimeoutError:
+            raise LinkLost("the agent on the kernel's host does not answer") from None
+        finally:
+            self._answer = None
+        if "error" in attached:
+            raise LinkLost(str(attached["error"])[:300])
+        if self._state is not _State.NEW and attached.get("new"):
+            # The agent that had our streams is gone, and they with it.
+            self._abandon(LinkLost("the processes on the kernel's host are gone"))
+        received = attached.get("received")
+        if attached.get("version") != wire.VERSION or not isinstance(received, int):
+            raise LinkLost("the agent on the kernel's host speaks another language")
+        try:
+            for message in self._endpoint.resume(received):
+                carrier.send(message)
+        except wire.WireViolation as error:
+            self._abandon(LinkLost("the session with the kernel's host is broken"))
+            raise LinkLost(str(error)) from None
+        self._state = _State.ATTACHED
+        self._attempts = 0
+        if self._complained:
+            self._complained = False
+            self._log.info("the link to the kernel's host is back")
+        self._cancel("_giveUp")
+        self._cancel("_ping")
+        self._endpoint.ping(self._reactor.seconds())
+        self._ping = self._reactor.callLater(self._pingSeconds, self._keepAlive)
+        self.wake()
+
+    def _keepAlive(self) -> None:
+        now = self._reactor.seconds()
+        if now - self._heard > 2 * self._pingSeconds + 1:
+            self._ping = None
+            self._detach(LinkLost("the kernel's host does not answer any more"))
+            return
+        self._endpoint.ping(now)
+        self._ping = self._reactor.callLater(self._pingSeconds, self._keepAlive)
+        self.wake()
+
+    def _cancel(self, name: str) -> None:
+        call = getattr(self, name)
+        setattr(self, name, None)
+        if call is not None and call.active():
+            call.cancel()
+
+    def _dropCarrier(self) -> None:
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None:
+            carrier.close()
+
+    def _detach(self, reason: Exception) -> None:
+        """The carrier is lost or useless: go on with another one."""
+        self._dropCarrier()
+        answer = self._answer
+        if answer is not None:
+            self._answer = None
+            answer.errback(Failure(reason))
+            return
+        if self._state is not _State.ATTACHED:
+            return
+        self._state = _State.DETACHED
+        self._cancel("_ping")
+        if self._farewell is not None:
+            farewell, self._farewell = self._farewell, None
+            farewell.errback(Failure(reason))
+            return
+        if not self._complained:
+            self._complained = True
+            self._log.warn("the link to the kernel's host is lost: {reason}", reason=str(reason))
+        self._giveUp = self._reactor.callLater(self._survivalSeconds, self._gaveUp)
+        self._again()
+
+    def _again(self) -> None:
+        if self._state is not _State.DETACHED or self._retry is not None:
+            return
+        delay = min(RETRY_FIRST_SECONDS * 2**self._attempts, RETRY_MOST_SECONDS)
+        self._attempts = min(self._attempts + 1, 16)
+        self._retry = self._reactor.callLater(delay * random.uniform(0.5, 1.0), self._reattach)
+
+    def _reattach(self) -> None:
+        self._retry = None
+        self._attaching = Deferred.fromCoroutine(self._attach())
+        self._attaching.addErrback(self._attachFailed)
+
+    def _attachFailed(self, failure: Failure) -> None:
+        self._dropCarrier()
+        if failure.check(ConchKernelError) is None:
+            self._log.failure("attaching to the kernel's host", failure)
+        else:
+            self._log.debug("attaching failed: {reason}", reason=str(failure.value))
+        self._again()
+
+    def _gaveUp(self) -> None:
+        self._giveUp = None
+        seconds = int(self._survivalSeconds)
+        self._abandon(LinkLost(f"the link to the kernel's host was lost for {seconds} seconds"))
+
+    def _abandon(self, reason: Exception) -> None:
+        """Close every stream and begin a new session."""
+        self._newSession()
+        for stream in list(self._streams):
+            stream.lost(reason)
+
+    # --- what the carrier tells --------------------------------------------------------------
+
+    def received(self, message: bytes) -> None:
+        """One message of the carrier."""
+        kind = message[0] if message else -1
+        if kind == wire.BYTES:
+            self._heard = now = self._reactor.seconds()
+            try:
+                self._endpoint.receive(message, now)
+            except wire.WireGap as gap:
+                self._detach(LinkLost(str(gap)))
+            except wire.WireViolation as violation:
+                self._log.error("the agent broke the protocol: {why}", why=str(violation))
+                self._abandon(LinkLost("the session with the kernel's host is broken"))
+                self._detach(LinkLost(str(violation)))
+            else:
+                self.wake()
+        elif kind == wire.ATTACHED and self._answer is not None:
+            answer, self._answer = self._answer, None
+            try:
+                answer.callback(wire.body_of(message))
+            except wire.WireViolation as violation:
+                answer.errback(LinkLost(str(violation)))
+        elif kind == wire.LOST:
+            self._detach(LinkLost("the agent on the kernel's host is gone"))
+
+    def lost(self, reason: Exception) -> None:
+        """The carrier is gone."""
+        self._carrier = None
+        self._detach(reason)
+
+    def resumed(self) -> None:
+        """The carrier is writable again."""
+        self.wake()
+
+    def _told(self, frame_type: int, payload: bytes) -> None:
+        if frame_type != wire.FAREWELL:
+            raise wire.WireViolation("only an agent says farewell")
+        farewell, self._farewell = self._farewell, None
+        if farewell is not None:
+            try:
+                others = int(json.loads(payload)["sessions"])
+            except (ValueError, KeyError, TypeError):
+                others = 0
+            farewell.callback(others)
+
+    # --- sending -----------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Send what is queued before the reactor sleeps: one turn's writes share a message."""
+        if not self._flushing:
+            self._flushing = True
+            self._reactor.callLater(0, self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self._state is not _State.ATTACHED:
+            return
+        while (carrier := self._carrier) is not None and carrier.writable:
+            message = self._endpoint.next_message()
+            if message is None:
+                break
+            carrier.send(message)
+
+    # --- for the SSH side --------------------------------------------------------------------
+
+    def openProcess(self, request: ProcessRequest, receiver: Any) -> KernelStream:
+        """See :meth:`conchkernel.interfaces.IKernelLink.openProcess`."""
+        parameters: dict[str, Any] = {"kind": "process", **self._defaults}
+        if request.command is not None:
+            parameters["command"] = request.command.decode("latin-1")
+        parameters["environment"] = [
+            [name.decode("latin-1"), value.decode("latin-1")]
+            for name, value in request.environment
+        ]
+        if request.pty is not None:
+            size = request.pty.size
+            parameters["pty"] = {
+                "term": request.pty.term.decode("latin-1"),
+                "size": [size.columns, size.rows, size.width_pixels, size.height_pixels],
+                "modes": [list(mode) for mode in request.pty.modes],
+            }
+        stream = KernelStream(self, receiver)
+        if self._state is _State.CLOSED:
+            stream.lostSoon(LinkLost("the gateway is stopping"))
+            return stream
+        try:
+            stream.wire = self._endpoint.open(parameters, stream)
+        except ValueError:
+            stream.lostSoon(
+                StreamRefused(RefusalCode.RESOURCE_SHORTAGE, "the command is too long")
+            )
+        else:
+            self._streams.add(stream)
+            self.wake()
+        return stream
+
+    def forget(self, stream: KernelStream) -> None:
+        """The stream is over."""
+        self._streams.discard(stream)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any stream is open."""
+        return bool(self._streams)
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a road to the agent right now."""
+        return self._state is _State.ATTACHED
+
+    async def stop(self) -> int:
+        """End the session: say goodbye, close every stream and the carrier.
+
+        :returns: how many other sessions the agent still has; 0 means that it ends. ``-1`` if it
+            could not be asked: then it ends by its orphan timeout.
+        """
+        others = -1
+        if self._state is _State.ATTACHED and self._carrier is not None:
+            self._farewell = farewell = Deferred()
+            farewell.addTimeout(FAREWELL_SECONDS, self._reactor)
+            self._endpoint.control(wire.GOODBYE, 0)
+            self._flush()
+            try:
+                others = await farewell
+            except (TimeoutError, JupyterError):
+                pass
+            finally:
+                self._farewell = None
+        self._state = _State.CLOSED
+        for name in ("_retry", "_giveUp", "_ping"):
+            self._cancel(name)
+        if self._attaching is not None:
+            self._attaching.cancel()
+        self._dropCarrier()
+        self._abandon(LinkLost("the gateway is stopping"))
+        return others
+
+
+@implementer(IStream)
+class KernelStream:
+    """One stream of a :class:`Link`: Twisted's words on one side, the wire's on the other.
+
+    :ivar wire: the wire's stream; ``None`` if it could not be opened.
+    :ivar over: nothing more is told.
+    """
+
+    def __init__(self, link: Link, receiver: Any) -> None:
+        self.wire: wire.Stream | None = None
+        self._link = link
+        self._receiver = receiver
+        self.over = False
+
+    # --- IStream -----------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """See :meth:`IStream.write`."""
+        if not self.over and self.wire is not None:
+            self.wire.write(data)
+            self._link.wake()
+
+    def writeEOF(self) -> None:
+        """See :meth:`IStream.writeEOF`."""
+        if not self.over and self.wire is not None:
+            self.wire.append(wire.EOF)
+            self._link.wake()
+
+    def grant(self, limit: int) -> None:
+        """See :meth:`IStream.grant`."""
+        if not self.over and self.wire is not None:
+            self.wire.grant(limit)
+            self._link.wake()
+
+    def resize(self, size: WindowSize) -> None:
+        """See :meth:`IStream.resize`."""
+        payload = wire.SIZE.pack(size.columns, size.rows, size.width_pixels, size.height_pixels)
+        self._control(wire.RESIZE, payload)
+
+    def signal(self, name: str) -> None:
+        """See :meth:`IStream.signal`."""
+        self._control(wire.SIGNAL, name.encode("ascii", "replace")[:64])
+
+    def sendBreak(self, milliseconds: int) -> None:
+        """See :meth:`IStream.sendBreak`."""
+        self._control(wire.BREAK, wire.U32.pack(milliseconds & 0xFFFFFFFF))
+
+    def stopReading(self) -> None:
+        """See :meth:`IStream.stopReading`."""
+        self._control(wire.STOP, b"")
+
+    def _control(self, frame_type: int, payload: bytes) -> None:
+        if not self.over and self.wire is not None:
+            self.wire.control(frame_type, payload)
+            self._link.wake()
+
+    def close(self) -> None:
+        """See :meth:`IStream.close`."""
+        if not self.over and self.wire is not None:
+            self.wire.close()
+            self._link.wake()
+            self.lostSoon(None)
+
+    # --- the wire's receiver -----------------------------------------------------------------
+
+    def wire_opened(self, info: dict[str, Any]) -> None:
+        """The process runs."""
+        self._receiver.streamOpened(info)
+
+    def wire_refused(self, code: Any, message: Any) -> None:
+        """It does not."""
+        try:
+            known = RefusalCode(code)
+        except ValueError:
+            known = RefusalCode.UNKNOWN_KIND
+        self.lost(StreamRefused(known, str(message)[:1000]))
+
+    def wire_data(self, data: memoryview, extended: int) -> None:
+        """Output. The view is of a message of ours alone, so it may be kept."""
+        if self.over:
+            return
+        if extended:
+            self._receiver.streamExtendedData(data)
+        else:
+            self._receiver.streamData(data)
+
+    def wire_sent(self, count: int) -> None:
+        """Input left our queue."""
+        if not self.over:
+            self._receiver.streamConsumed(count)
+
+    def wire_credit(self) -> None:
+        """Said by wire_sent already."""
+
+    def wire_eof(self) -> None:
+        """Output is complete."""
+        if not self.over:
+            self._receiver.streamEOF()
+
+    def wire_exit(self, info: dict[str, Any]) -> None:
+        """The process has ended."""
+        if self.over:
+            return
+        if "signal" in info:
+            self._receiver.streamExited(
+                ExitSignal(str(info["signal"])[:64], bool(info.get("core")))
+            )
+        elif isinstance(info.get("status"), int):
+            self._receiver.streamExited(ExitStatus(info["status"] & 0xFF))
+
+    def wire_control(self, frame_type: int, payload: bytes) -> None:
+        """Not sent to a gateway."""
+
+    def wire_closed(self, reason: str) -> None:
+        """The far side closed."""
+        self.lost(LinkLost(reason[:1000]) if reason else None)
+
+    def lost(self, reason: Exception | None) -> None:
+        """The stream is over, for this reason."""
+        if not self.over:
+            self.over = True
+            self._link.forget(self)
+            self._receiver.streamClosed(reason)
+
+    def lostSoon(self, reason: Exception | None) -> None:
+        """The same, but not while our caller is still at work."""
+        self._link._reactor.callLater(0, self.lost, reason)

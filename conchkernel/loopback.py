@@ -1,0 +1,224 @@
+"""A backend without Jupyter: the agent on this host, over a Unix socket.
+
+The same wire, the same agent and the same :class:`~conchkernel.jupyter.link.Link` as over a kernel;
+only the carrier differs. Tests and benchmarks compare with it, and an application that wants an SSH
+door to its own host can use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import UNIXClientEndpoint
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from conchkernel import wire
+from conchkernel.errors import JupyterUnreachable, LinkLost
+from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
+from conchkernel.jupyter import injection
+from conchkernel.jupyter.link import CarrierUser, KernelStream, Link
+
+_LENGTH = struct.Struct(">I")
+_BOOT = "import json,sys;g=json.loads(sys.stdin.buffer.read());exec(g.pop('boot'),{'given':g})"
+
+
+@implementer(IPushProducer)
+class SocketCarrier(Protocol):
+    """Messages with a length before them, to and from an agent's socket."""
+
+    def __init__(self, user: CarrierUser) -> None:
+        self._user: CarrierUser | None = user
+        self._buffer = bytearray()
+        self.writable = True
+
+    def connectionMade(self) -> None:
+        """Read in large pieces and learn when to stop writing."""
+        transport: Any = self.transport
+        transport.bufferSize = 256 * 1024
+        transport.registerProducer(self, True)
+
+    def send(self, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Send one message."""
+        transport: Any = self.transport
+        transport.write(b"".join((_LENGTH.pack(sum(map(len, parts))), *parts)))
+
+    def dataReceived(self, data: bytes) -> None:
+        """Cut what came into messages."""
+        buffer = self._buffer
+        buffer += data
+        position, end = 0, len(buffer)
+        while end - position >= 4 and self._user is not None:
+            (length,) = _LENGTH.unpack_from(buffer, position)
+            if not 0 < length <= wire.MAX_MESSAGE:
+                self._end(LinkLost(f"the agent sent a message of {length} bytes"))
+                return
+            start = position + 4
+            if end - start < length:
+                break
+            position = start + length
+            with memoryview(buffer) as view:
+                message = bytes(view[start:position])
+            self._user.received(message)
+        del buffer[:position]
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The socket is gone."""
+        self._end(LinkLost("the agent's socket has closed"))
+
+    def _end(self, reason: Exception) -> None:
+        user, self._user = self._user, None
+        if user is not None:
+            self.close()
+            user.lost(reason)
+
+    def close(self) -> None:
+        """Give the socket up."""
+        self._user = None
+        transport: Any = self.transport
+        transport.unregisterProducer()
+        transport.abortConnection()
+
+    def pauseProducing(self) -> None:
+        """The socket is full."""
+        self.writable = False
+
+    def resumeProducing(self) -> None:
+        """The socket takes more."""
+        self.writable = True
+        if self._user is not None:
+            self._user.resumed()
+
+    def stopProducing(self) -> None:
+        """The socket is gone; connectionLost says so."""
+
+
+@implementer(IKernelLink)
+class _Use:
+    """One use of a shared link."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._streams: list[KernelStream] = []
+
+    def openProcess(self, request: ProcessRequest, receiver: Any) -> KernelStream:
+        """See :class:`IKernelLink`."""
+        stream = self._link.openProcess(request, receiver)
+        self._streams = [stream for stream in self._streams if not stream.over]
+        self._streams.append(stream)
+        return stream
+
+    def release(self) -> None:
+        """See :class:`IKernelLink`."""
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.close()
+
+
+@implementer(IBackend)
+class LoopbackBackend:
+    """One agent on this host, shared by every user.
+
+    :param orphanTimeout: seconds after which the agent of a dead gateway ends.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        environment: dict[str, str] | None = None,
+        directory: str | None = None,
+        shell: str | None = None,
+        orphanTimeout: float = 120.0,
+        pathPrefix: str = "",
+        survivalSeconds: float = 60.0,
+    ) -> None:
+        self._reactor = reactor
+        self._secret = secrets.token_hex(32)
+        self._options = {
+            "environment": dict(os.environ if environment is None else environment),
+            "directory": directory or os.getcwd(),
+            "path_prefix": pathPrefix,
+            "orphan_timeout": orphanTimeout,
+            "version": injection.version(),
+        }
+        self._path = ""
+        self.carrier: SocketCarrier | None = None
+        self.link = Link(
+            reactor,
+            self._carry,
+            self._secret,
+            defaults={"shell": shell},
+            pingSeconds=min(15.0, orphanTimeout / 4),
+            survivalSeconds=survivalSeconds,
+        )
+
+    async def start(self) -> None:
+        """Start the agent and attach to it."""
+        directory = tempfile.mkdtemp(prefix="conchkernel-")
+        self._path = str(Path(directory) / "s")
+        await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._spawn)
+        await self.link.start()
+
+    async def stop(self) -> None:
+        """End the agent and all it runs."""
+        await self.link.stop()
+
+    def _spawn(self) -> None:
+        given = {
+            "path": self._path,
+            "secret": self._secret,
+            "options": self._options,
+            "fastpty": _fastpty(),
+            **injection.agent_sources(),
+        }
+        environment = {
+            "MALLOC_MMAP_THRESHOLD_": "4194304",
+            "MALLOC_TRIM_THRESHOLD_": "4194304",
+        }
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _BOOT],
+            input=json.dumps(given).encode(),
+            capture_output=True,
+            env=environment,
+            timeout=20,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise JupyterUnreachable(f"the agent did not start: {done.stderr.decode()[-300:]}")
+
+    async def _carry(self, user: CarrierUser) -> SocketCarrier:
+        factory = Factory.forProtocol(lambda: SocketCarrier(user))
+        try:
+            carrier: Any = await UNIXClientEndpoint(self._reactor, self._path).connect(factory)
+        except Exception as error:
+            raise LinkLost(f"the agent cannot be reached: {error}") from error
+        self.carrier = carrier
+        return carrier
+
+    def connect(self, user: str) -> Deferred[IKernelLink]:
+        """See :class:`IBackend`."""
+        use: Deferred[IKernelLink] = Deferred()
+        use.callback(_Use(self.link))
+        return use
+
+
+def _fastpty() -> str | None:
+    try:
+        from conchkernel import _fastpty
+    except ImportError:
+        return None
+    return _fastpty.__file__

@@ -1,0 +1,527 @@
+"""The agent: a small process on the kernel's host that runs shells and commands for a gateway.
+
+It is started by the relay inside the kernel, detaches, and listens on a Unix socket that only its own
+account can reach. One event loop, no threads, standard library only. It never looks for work: it
+ends at the gateway's word, or when no gateway has been heard for the orphan timeout.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from conchkernel import wire
+from conchkernel.remote.process import CannotRun, Process
+
+MAX_SESSIONS = 64
+MAX_CARRIERS = 128
+_LENGTH = struct.Struct(">I")
+_RECEIVE = 1024 * 1024
+#: A carrier that takes nothing holds back at most one message; the rest waits in the session.
+_SEND_BUFFER = 512 * 1024
+
+
+class Agent:
+    """The event loop and what lives in it.
+
+    :param listener: a listening Unix socket, already bound where the relay looks for it.
+    :param secret: what an ATTACH must know.
+    :param options: ``environment`` (dict), ``directory``, ``path_prefix``, ``orphan_timeout``
+        (seconds), ``version``.
+    :param peer_uid: the account whose connections are taken.
+    """
+
+    def __init__(self, listener: socket.socket, secret: str, options: dict[str, Any]) -> None:
+        self.options = options
+        self.processes: dict[int, Process] = {}
+        self.sessions: dict[str, Session] = {}
+        self.carriers: set[Carrier] = set()
+        self._secret = secret.encode()
+        self._listener = listener
+        self._selector = selectors.DefaultSelector()
+        self._readers: dict[int, Callable[[int], None]] = {}
+        self._writers: dict[int, Callable[[int], None]] = {}
+        self._dirty: set[Session] = set()
+        self._look: set[Process] = set()
+        self._orphan_timeout = float(options["orphan_timeout"])
+        self._last_used = time.monotonic()
+        self._ending = False
+
+    # --- the loop ----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until there is nobody left to serve."""
+        wake_r, wake_w = os.pipe()
+        os.set_blocking(wake_r, False)
+        os.set_blocking(wake_w, False)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: self.end())
+        self.watch_read(wake_r, self._woken)
+        self._listener.setblocking(False)
+        self.watch_read(self._listener.fileno(), self._accept)
+        check_at = 0.0
+        while not self._ending:
+            now = time.monotonic()
+            if now >= check_at:
+                self._drop_orphans(now)
+                check_at = now + min(self._orphan_timeout / 4, 15)
+            for key, mask in self._selector.select(check_at - now):
+                fd = key.fd
+                # A callback may have closed what a later event of this round is for.
+                if mask & selectors.EVENT_READ:
+                    reader = self._readers.get(fd)
+                    if reader is not None:
+                        reader(fd)
+                if mask & selectors.EVENT_WRITE:
+                    writer = self._writers.get(fd)
+                    if writer is not None:
+                        writer(fd)
+                if self._dirty or self._look:
+                    self._settle()
+        for session in list(self.sessions.values()):
+            session.end()
+        for carrier in list(self.carriers):
+            carrier.close()
+
+    def _settle(self) -> None:
+        """Send what the last event produced, then read on where there is room again."""
+        while self._dirty or self._look:
+            while self._dirty:
+                self._dirty.pop().flush()
+            while self._look:
+                self._look.pop().look()
+
+    def watch_read(self, fd: int, callback: Callable[[int], None]) -> None:
+        """Call ``callback(fd)`` whenever it can be read."""
+        self._readers[fd] = callback
+        self._register(fd)
+
+    def watch_write(self, fd: int, callback: Callable[[int], None]) -> None:
+        """Call ``callback(fd)`` whenever it can be written."""
+        self._writers[fd] = callback
+        self._register(fd)
+
+    def unwatch_read(self, fd: int) -> None:
+        """No more reading; unknown descriptors are fine."""
+        if self._readers.pop(fd, None) is not None:
+            self._register(fd)
+
+    def unwatch_write(self, fd: int) -> None:
+        """No more writing; unknown descriptors are fine."""
+        if self._writers.pop(fd, None) is not None:
+            self._register(fd)
+
+    def _register(self, fd: int) -> None:
+        events = (selectors.EVENT_READ if fd in self._readers else 0) | (
+            selectors.EVENT_WRITE if fd in self._writers else 0
+        )
+        known = fd in self._selector.get_map()
+        if not events:
+            if known:
+                self._selector.unregister(fd)
+        elif known:
+            self._selector.modify(fd, events)
+        else:
+            self._selector.register(fd, events)
+
+    def look_again(self, process: Process) -> None:
+        """The process may have room to read on, once what is queued has gone."""
+        self._look.add(process)
+        self._dirty.add(process.session)
+
+    def _woken(self, fd: int) -> None:
+        try:
+            os.read(fd, 4096)
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            process = self.processes.pop(pid, None)
+            if process is not None:
+                process.reaped(status)
+
+    # --- sessions ----------------------------------------------------------------------------
+
+    def _accept(self, fd: int) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        if _peer_uid(connection) not in (None, os.getuid()) or len(self.carriers) >= MAX_CARRIERS:
+            connection.close()
+            return
+        self.carriers.add(Carrier(self, connection))
+
+    def attach(self, carrier: Carrier, request: dict[str, Any]) -> None:
+        """Answer an ATTACH."""
+        secret = str(request.get("secret")).encode()
+        versions = request.get("versions")
+        name = request.get("session")
+        received = request.get("received")
+        if not hmac.compare_digest(secret, self._secret):
+            carrier.refuse("the agent does not know this gateway's secret")
+        elif not isinstance(versions, list) or wire.VERSION not in versions:
+            carrier.refuse(f"the agent speaks version {wire.VERSION} of the wire only")
+        elif not isinstance(name, str) or len(name) != 32 or not isinstance(received, int):
+            carrier.refuse("malformed ATTACH")
+        else:
+            session = self.sessions.get(name)
+            new = session is None
+            if session is None:
+                if len(self.sessions) >= MAX_SESSIONS:
+                    carrier.refuse("the agent serves too many gateways")
+                    return
+                session = self.sessions[name] = Session(self, name)
+            session.attach(carrier, received, new)
+
+    def settle(self, session: Session) -> None:
+        """Have the session send what it has."""
+        self._dirty.add(session)
+
+    def heard(self) -> None:
+        """A gateway is there."""
+        self._last_used = time.monotonic()
+
+    def _drop_orphans(self, now: float) -> None:
+        for session in list(self.sessions.values()):
+            if now - session.heard > self._orphan_timeout:
+                session.end()
+        if not self.sessions and now - self._last_used > self._orphan_timeout:
+            self._ending = True
+
+    def end(self) -> None:
+        """Leave the loop; sessions and their terminals are hung up behind it."""
+        self._ending = True
+
+
+class Session:
+    """What one gateway has here: its streams, and the carrier it is reached by, if any."""
+
+    def __init__(self, agent: Agent, name: str) -> None:
+        self.name = name
+        self.endpoint = wire.Endpoint(opened=self._opened, told=self._told)
+        self.heard = time.monotonic()
+        self._agent = agent
+        self._carrier: Carrier | None = None
+        self._streams: dict[int, Process] = {}
+        self._farewell = False
+
+    def attach(self, carrier: Carrier, received: int, new: bool) -> None:
+        """Go on over this carrier; the former one is closed."""
+        try:
+            replay = self.endpoint.resume(received)
+        except wire.WireViolation as error:
+            carrier.refuse(str(error))
+            return
+        if self._carrier is not None:
+            former, self._carrier = self._carrier, None
+            former.session = None
+            former.close()
+        self._carrier = carrier
+        carrier.session = self
+        self.heard = time.monotonic()
+        answer = {
+            "version": wire.VERSION,
+            "received": self.endpoint.received_bytes,
+            "new": new,
+            "agent": self._agent.options.get("version", ""),
+        }
+        carrier.send([wire.message_of(wire.ATTACHED, answer)])
+        for message in replay:
+            carrier.send(message)
+        self.endpoint.ping(time.monotonic())
+        self.flush()
+
+    def received(self, message: memoryview) -> None:
+        """One message of the carrier."""
+        self.heard = now = time.monotonic()
+        self._agent.heard()
+        try:
+            self.endpoint.receive(message, now)
+        except wire.WireGap:
+            self.detach()
+        except wire.WireViolation:
+            self.end()
+        else:
+            self._agent.settle(self)
+
+    def flush(self) -> None:
+        """Give the carrier messages for as long as it takes them at once."""
+        carrier = self._carrier
+        while carrier is not None and carrier.clear:
+            message = self.endpoint.next_message()
+            if message is None:
+                break
+            carrier.send(message)
+        if self._farewell and carrier is not None and carrier.clear:
+            self.end()
+            if not self._agent.sessions:
+                self._agent.end()
+
+    def detach(self) -> None:
+        """The carrier is lost; streams live on and wait."""
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None:
+            carrier.session = None
+            carrier.close()
+
+    def end(self) -> None:
+        """The session is over: terminals hang up, pipes close."""
+        self._agent.sessions.pop(self.name, None)
+        self.detach()
+        for process in list(self._streams.values()):
+            process.hang_up()
+        self._streams.clear()
+
+    def _opened(self, stream: wire.Stream, parameters: dict[str, Any]) -> None:
+        for stream_id in [n for n in self._streams if n not in self.endpoint.streams]:
+            del self._streams[stream_id]
+        if parameters.get("kind") != "process":
+            wire.refuse(stream, 3, "the agent does not know this kind of stream")
+            return
+        try:
+            process = Process(self._agent, self, stream, parameters)
+        except CannotRun as error:
+            wire.refuse(stream, 4, str(error))
+        except OSError as error:
+            wire.refuse(stream, 4, f"no process can be started: {error.strerror}")
+        else:
+            stream.receiver = process
+            self._streams[stream.id] = process
+
+    def _told(self, frame_type: int, payload: bytes) -> None:
+        if frame_type != wire.GOODBYE:
+            raise wire.WireViolation("only a gateway says farewell")
+        answer = b'{"sessions": %d}' % (len(self._agent.sessions) - 1)
+        self.endpoint.control(wire.FAREWELL, 0, answer)
+        self._farewell = True
+
+
+class Carrier:
+    """One connection of a relay: messages with a length before them."""
+
+    def __init__(self, agent: Agent, connection: socket.socket) -> None:
+        self.session: Session | None = None
+        self._agent = agent
+        self._socket = connection
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        self._buffer = bytearray(_RECEIVE)
+        self._filled = 0
+        self._unsent: deque[memoryview] = deque()
+        self._closed = False
+        agent.watch_read(connection.fileno(), self._readable)
+
+    @property
+    def clear(self) -> bool:
+        """Nothing waits for the socket."""
+        return not self._unsent
+
+    def send(self, parts: list[Any]) -> None:
+        """Send one message, given in parts."""
+        if self._closed:
+            return
+        parts = [_LENGTH.pack(sum(map(len, parts))), *parts]
+        if not self._unsent:
+            try:
+                sent = self._socket.sendmsg(parts)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.lost()
+                return
+            for part in parts:
+                if sent >= len(part):
+                    sent -= len(part)
+                else:
+                    self._unsent.append(memoryview(part)[sent:])
+                    sent = 0
+            if self._unsent:
+                self._agent.watch_write(self._socket.fileno(), self._writable)
+        else:
+            self._unsent.extend(memoryview(part) for part in parts)
+
+    def _writable(self, fd: int) -> None:
+        unsent = self._unsent
+        try:
+            while unsent:
+                sent = self._socket.send(unsent[0])
+                if sent < len(unsent[0]):
+                    unsent[0] = unsent[0][sent:]
+                    return
+                unsent.popleft()
+        except BlockingIOError:
+            return
+        except OSError:
+            self.lost()
+            return
+        self._agent.unwatch_write(fd)
+        if self.session is not None:
+            self._agent.settle(self.session)
+
+    def _readable(self, fd: int) -> None:
+        try:
+            count = self._socket.recv_into(memoryview(self._buffer)[self._filled :])
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if not count:
+            self.lost()
+            return
+        self._filled += count
+        view = memoryview(self._buffer)[: self._filled]
+        position = 0
+        while self._filled - position >= 4 and not self._closed:
+            (length,) = _LENGTH.unpack_from(view, position)
+            if not 0 < length <= wire.MAX_MESSAGE:
+                self.lost()
+                return
+            end = position + 4 + length
+            if end > self._filled:
+                break
+            self._message(view[position + 4 : end])
+            position = end
+        if position and not self._closed:
+            rest = self._filled - position
+            self._buffer[:rest] = self._buffer[position : self._filled]
+            self._filled = rest
+
+    def _message(self, message: memoryview) -> None:
+        if self.session is not None:
+            self.session.received(message)
+        elif message[0] == wire.ATTACH:
+            try:
+                request = wire.body_of(message)
+            except wire.WireViolation:
+                self.lost()
+            else:
+                self._agent.attach(self, request)
+        else:
+            self.lost()
+
+    def refuse(self, sentence: str) -> None:
+        """Answer an ATTACH with a sentence and hang up."""
+        self.send([wire.message_of(wire.ATTACHED, {"error": sentence})])
+        self.close()
+
+    def lost(self) -> None:
+        """The socket is gone."""
+        session, self.session = self.session, None
+        if session is not None:
+            session.detach()
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        fd = self._socket.fileno()
+        self._agent.unwatch_read(fd)
+        self._agent.unwatch_write(fd)
+        self._agent.carriers.discard(self)
+        self._socket.close()
+
+
+def _peer_uid(connection: socket.socket) -> int | None:
+    """The account at the other end; ``None`` where the system does not tell (the directory is
+    private in any case)."""
+    if hasattr(socket, "SO_PEERCRED"):
+        data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int(struct.unpack("iII", data)[1])
+    return None
+
+
+def private_directory(path: str) -> None:
+    """Make ``path`` a directory of this account that nobody else can enter.
+
+    :raises OSError: if something that is not ours is in its place.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise OSError(f"{path} is not a directory of this account") from None
+        os.chmod(path, 0o700)
+
+
+def listen(path: str) -> socket.socket:
+    """A listening socket at ``path``, mode 0600, in place of a dead one.
+
+    :raises OSError: if a live agent listens there, or it cannot be made.
+    """
+    private_directory(os.path.dirname(path))
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        try:
+            listener.bind(path)
+        except OSError:
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise
+            os.unlink(path)
+            listener.bind(path)
+    finally:
+        os.umask(mask)
+    listener.listen(16)
+    return listener
+
+
+def detach() -> bool:
+    """Leave the kernel's process tree: fork, new session, fork again.
+
+    :returns: whether this is the detached process (the others should exit).
+    """
+    if os.fork():
+        return False
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    return True
+
+
+def main(given: dict[str, Any]) -> None:
+    """Start as told by the relay: listen, detach, serve, clean up."""
+    path = given["path"]
+    try:
+        listener = listen(path)
+    except OSError as error:
+        sys.stderr.write(str(error))
+        sys.exit(1)
+    if not detach():
+        # The socket lives on in the child. Nothing of the parent's clean-up may touch it.
+        os._exit(0)
+    agent = Agent(listener, given.pop("secret"), given["options"])
+    try:
+        agent.run()
+    finally:
+        for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
+            try:
+                remove(what)
+            except OSError:
+                pass
