@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
 
     from conchkernel.ssh.connection import GatewayConnection
+    from conchkernel.ssh.outlet import Outlet
 
 _UINT32 = struct.Struct(">L")
 
@@ -94,6 +95,8 @@ class GatewayChannel(SSHChannel):
     _log = Logger()
 
     conn: GatewayConnection
+    #: Set by the connection before anything can be sent.
+    outlet: Outlet
     id: int  # type: ignore[assignment]
 
     #: Request name to the method that answers it, given the request's own fields.
@@ -212,9 +215,9 @@ class GatewayChannel(SSHChannel):
     def write(self, data: bytes) -> None:
         """Send bytes; within what was granted. ``data`` is kept, not copied."""
         size = len(data)
-        conn = self.conn
+        outlet = self.outlet
         if (
-            conn.clear
+            outlet.clear
             and not self._outgoing
             and not self._queue
             and 0 < size <= self.remoteWindowLeft
@@ -222,7 +225,7 @@ class GatewayChannel(SSHChannel):
         ):
             self.remoteWindowLeft -= size
             self._handed += size
-            conn.sendChannelData(self.remoteId, data)
+            outlet.sendData(self.remoteId, data)
             if self._handed >= self._creditAt:
                 self.credit()
         else:
@@ -293,7 +296,7 @@ class GatewayChannel(SSHChannel):
             return
         if not queue:
             queue.append((kind, data))
-            self.conn.schedule(self, size <= SMALL_BYTES)
+            self.outlet.schedule(self, size <= SMALL_BYTES)
             return
         if size <= SMALL_BYTES:
             lastKind, last = queue[-1]
@@ -353,9 +356,9 @@ class GatewayChannel(SSHChannel):
         self.remoteWindowLeft -= size
         self._handed += size
         if kind:
-            self.conn.sendChannelExtendedData(self.remoteId, kind, piece)
+            self.outlet.sendExtendedData(self.remoteId, kind, piece)
         else:
-            self.conn.sendChannelData(self.remoteId, piece)
+            self.outlet.sendData(self.remoteId, piece)
         if self._handed >= self._creditAt:
             self.credit()
         # A message that follows data needs no window.
@@ -365,7 +368,7 @@ class GatewayChannel(SSHChannel):
         """The client takes ``data`` more bytes of output."""
         self.remoteWindowLeft += data
         if self._queue and not self.scheduled:
-            self.conn.schedule(self, False)
+            self.outlet.schedule(self, False)
         self.credit()
 
     def credit(self) -> None:
@@ -377,9 +380,9 @@ class GatewayChannel(SSHChannel):
         grant = self._grant
         if grant is None:
             return
-        if not self.conn.writable:
-            # What is granted now would only wait here: the connection asks again.
-            self.conn.owed.add(self)
+        if not self.outlet.writable:
+            # What is granted now would only wait here.
+            self.outlet.owe(self)
             return
         handed, granted, cap = self._handed, self._granted, self._creditCap
         end = handed + self.remoteWindowLeft

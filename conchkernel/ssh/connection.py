@@ -1,8 +1,8 @@
-"""The ``ssh-connection`` service (RFC 4254): channels, their windows, and whose turn it is.
+"""The ``ssh-connection`` service (RFC 4254): what a client's messages mean for its channels.
 
 What differs from Conch's: messages are dispatched by a table and checked before they are believed,
-input is not acknowledged before somebody took it, output goes out only while the transport takes
-it, small output first and channels in turn, and replies keep the order of the requests.
+input is not acknowledged before somebody took it, output leaves through an
+:class:`~conchkernel.ssh.outlet.Outlet`, and replies keep the order of the requests.
 
 Rules of this file: the handlers of DATA and WINDOW_ADJUST run once per packet and call as little
 as they can; whatever a peer does wrong is a :class:`ProtocolError`, answered in one place.
@@ -11,17 +11,20 @@ as they can; whatever a peer does wrong is a :class:`ProtocolError`, answered in
 from __future__ import annotations
 
 import struct
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from twisted.conch.error import ConchError
 from twisted.conch.ssh.connection import (
     MSG_CHANNEL_CLOSE,
     MSG_CHANNEL_DATA,
+    MSG_CHANNEL_EOF,
     MSG_CHANNEL_EXTENDED_DATA,
+    MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_OPEN,
     MSG_CHANNEL_OPEN_CONFIRMATION,
     MSG_CHANNEL_OPEN_FAILURE,
+    MSG_CHANNEL_REQUEST,
+    MSG_CHANNEL_SUCCESS,
     MSG_CHANNEL_WINDOW_ADJUST,
     MSG_GLOBAL_REQUEST,
     MSG_REQUEST_FAILURE,
@@ -45,12 +48,12 @@ from conchkernel.ssh.channel import (
     printable,
 )
 from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, string
-from conchkernel.ssh.replies import Replies
+from conchkernel.ssh.globalrequests import GlobalRequests, KeepAlive
+from conchkernel.ssh.outlet import Outlet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from twisted.internet.interfaces import IDelayedCall
     from twisted.python.failure import Failure
 
 _ONE = struct.Struct(">L")
@@ -78,7 +81,8 @@ class GatewayConnection(SSHConnection):
     """One authenticated client: its channels and its global requests.
 
     The transport calls :meth:`transportPaused` when it holds more than it can send, and
-    :meth:`transportResumed` when that is over.
+    :meth:`transportResumed` when that is over. ``transport.factory`` may have ``limits`` and a
+    ``reactor``.
     """
 
     _log = Logger()
@@ -86,72 +90,76 @@ class GatewayConnection(SSHConnection):
     transport: Any
     channels: dict[int, GatewayChannel]
 
+    outlet: Outlet
+    globalRequests: GlobalRequests
+
     def __init__(self) -> None:
         super().__init__()
-        #: The transport takes output.
-        self.writable = False
-        #: A channel may send past the queues: writable, and nobody waits or is being served.
-        self.clear = False
-        #: Channels that could not be credited while the transport was full.
-        self.owed: set[GatewayChannel] = set()
-        self._small: deque[GatewayChannel] = deque()
-        self._bulk: deque[GatewayChannel] = deque()
         self._opening: set[Deferred[GatewayChannel]] = set()
         self._noMoreSessions = False
         self._handlers: dict[int, Callable[[bytes], object]] = {}
-        self._globalReplies: Replies[bytes | None] = Replies(self._sendGlobalReply, None)
-        self._heard = False
-        self._unanswered = 0
-        self._aliveCall: IDelayedCall | None = None
+        self._keepAlive: KeepAlive | None = None
 
     # --- life --------------------------------------------------------------------------------
 
     def serviceStarted(self) -> None:
         """The user is logged in; ``transport.avatar`` is who."""
-        transport = self.transport
+        self.outlet = Outlet(self.transport)
+        self.globalRequests = GlobalRequests(self.transport, self.gotGlobalRequest)
         self._handlers = {
-            number: getattr(self, f"ssh_{name[4:]}")
-            for number, name in self.protocolMessages.items()
+            MSG_CHANNEL_DATA: self.ssh_CHANNEL_DATA,
+            MSG_CHANNEL_EXTENDED_DATA: self.ssh_CHANNEL_EXTENDED_DATA,
+            MSG_CHANNEL_WINDOW_ADJUST: self.ssh_CHANNEL_WINDOW_ADJUST,
+            MSG_CHANNEL_OPEN: self.ssh_CHANNEL_OPEN,
+            MSG_CHANNEL_OPEN_CONFIRMATION: self.ssh_CHANNEL_OPEN_CONFIRMATION,
+            MSG_CHANNEL_OPEN_FAILURE: self.ssh_CHANNEL_OPEN_FAILURE,
+            MSG_CHANNEL_EOF: self.ssh_CHANNEL_EOF,
+            MSG_CHANNEL_CLOSE: self.ssh_CHANNEL_CLOSE,
+            MSG_CHANNEL_REQUEST: self.ssh_CHANNEL_REQUEST,
+            MSG_CHANNEL_SUCCESS: self.ssh_CHANNEL_SUCCESS,
+            MSG_CHANNEL_FAILURE: self.ssh_CHANNEL_FAILURE,
+            MSG_GLOBAL_REQUEST: self.globalRequests.received,
+            MSG_REQUEST_SUCCESS: self.globalRequests.succeeded,
+            MSG_REQUEST_FAILURE: self.globalRequests.refused,
         }
-        # Decided once: the shorter way into the transport where it has one.
-        self.sendChannelData: Callable[[int, bytes], None] = getattr(
-            transport, "sendChannelData", self._sendChannelData
-        )
-        self.sendChannelExtendedData: Callable[[int, int, bytes], None] = getattr(
-            transport, "sendChannelExtendedData", self._sendChannelExtendedData
-        )
-        isWritable = getattr(transport, "isWritable", None)
-        self.writable = self.clear = True if isWritable is None else isWritable()
-        avatar = transport.avatar
+        limits, clock = self._limits(), getattr(self._factory(), "reactor", None)
+        interval = getattr(limits, "clientAliveInterval", 0)
+        if interval and clock is not None:
+            countMax = getattr(limits, "clientAliveCountMax", 3)
+            self._keepAlive = KeepAlive(clock, interval, countMax, self._askAlive, self._notAlive)
+        avatar = self.transport.avatar
         avatar.conn = self
         warmUp = getattr(avatar, "warmUp", None)
         if warmUp is not None:
             warmUp()
-        self._scheduleAlive()
 
     def serviceStopped(self) -> None:
         """The connection is gone: every channel is told, whatever the others make of it."""
-        self._handlers = {}
-        self.writable = self.clear = False
-        if self._aliveCall is not None:
-            self._aliveCall.cancel()
-            self._aliveCall = None
+        self._stop()
         channels, self.channels = list(self.channels.values()), {}
-        self._small.clear()
-        self._bulk.clear()
-        self.owed.clear()
-        self._globalReplies.close()
         for channel in channels:
             self._endChannel(channel)
         for opening in list(self._opening):
             opening.cancel()
-        self._cleanupGlobalDeferreds()
+        self.globalRequests.stop()
 
     def disconnect(self, reason: str, code: int = DisconnectCode.PROTOCOL_ERROR) -> None:
         """End the whole connection and tell the peer why; what it still sends is not read."""
-        self._handlers = {}
-        self.writable = self.clear = False
+        self._stop()
         self.transport.sendDisconnect(code, reason.encode("ascii", "backslashreplace"))
+
+    def _stop(self) -> None:
+        self._handlers = {}
+        self.outlet.stop()
+        if self._keepAlive is not None:
+            self._keepAlive.stop()
+            self._keepAlive = None
+
+    def _factory(self) -> object:
+        return getattr(self.transport, "factory", None)
+
+    def _limits(self) -> object:
+        return getattr(self._factory(), "limits", None)
 
     def packetReceived(self, messageNum: int, packet: bytes) -> None:
         """The one place where a peer's mistakes, and our own, end."""
@@ -160,7 +168,8 @@ class GatewayConnection(SSHConnection):
             if self._handlers:
                 self.transport.sendUnimplemented()
             return
-        self._heard = True
+        if self._keepAlive is not None:
+            self._keepAlive.heard = True
         try:
             handler(packet)
         except ProtocolError as error:
@@ -179,63 +188,13 @@ class GatewayConnection(SSHConnection):
         else:
             channel.abortConnection()
 
-    # --- whose turn it is --------------------------------------------------------------------
-
     def transportPaused(self) -> None:
-        """The transport is full: nothing is sent, and nobody credited, until it resumes."""
-        self.writable = self.clear = False
+        """The transport is full."""
+        self.outlet.pause()
 
     def transportResumed(self) -> None:
         """The transport takes output again."""
-        if not self._handlers:
-            return
-        self.writable = True
-        self._pump()
-        if self.owed and self.writable:
-            owed, self.owed = self.owed, set()
-            for channel in owed:
-                channel.credit()
-
-    def schedule(self, channel: GatewayChannel, small: bool) -> None:
-        """``channel`` has something to send.
-
-        :param small: it is little, and what it had is all sent: it goes before others' bulk.
-        """
-        if not channel.scheduled:
-            channel.scheduled = True
-            (self._small if small else self._bulk).append(channel)
-            if self.clear:
-                self._pump()
-
-    def _pump(self) -> None:
-        """Send while the transport takes it: small output first, then a packet each in turn."""
-        small, bulk = self._small, self._bulk
-        self.clear = False
-        while self.writable:
-            if small:
-                channel = small.popleft()
-            elif bulk:
-                channel = bulk.popleft()
-            else:
-                self.clear = True
-                return
-            # Stays marked while it is served, so that what it is credited meanwhile only queues.
-            try:
-                if channel.sendNext():
-                    bulk.append(channel)
-                else:
-                    channel.scheduled = False
-            except Exception:
-                self._log.failure("channel {id} could not send", id=channel.id)
-                self.channelClosed(channel)
-
-    def _sendChannelData(self, recipient: int, data: bytes) -> None:
-        self.transport.sendPacket(MSG_CHANNEL_DATA, _TWO.pack(recipient, len(data)) + data)
-
-    def _sendChannelExtendedData(self, recipient: int, dataType: int, data: bytes) -> None:
-        self.transport.sendPacket(
-            MSG_CHANNEL_EXTENDED_DATA, _THREE.pack(recipient, dataType, len(data)) + data
-        )
+        self.outlet.resume()
 
     # --- bytes -------------------------------------------------------------------------------
 
@@ -359,14 +318,12 @@ class GatewayConnection(SSHConnection):
                 OPEN_RESOURCE_SHORTAGE, f"open failed: {limit} sessions are open (MaxSessions)"
             )
 
-    def _limits(self) -> object:
-        return getattr(getattr(self.transport, "factory", None), "limits", None)
-
     def _confirm(self, channel: GatewayChannel, sender: int, data: bytes) -> None:
         local = self.localChannelID
         self.localChannelID += 1
         channel.id = local
         channel.conn = self
+        channel.outlet = self.outlet
         channel.remoteId = sender
         self.channels[local] = channel
         self.transport.sendPacket(
@@ -407,6 +364,7 @@ class GatewayConnection(SSHConnection):
         """Ask the client for a channel; ``channelOpen`` or ``openFailed`` is called on it."""
         channel.id = self.localChannelID
         channel.conn = self
+        channel.outlet = self.outlet
         self.localChannelID += 1
         self.channels[channel.id] = channel
         self.transport.sendPacket(
@@ -476,7 +434,7 @@ class GatewayConnection(SSHConnection):
     def channelClosed(self, channel: GatewayChannel) -> None:
         """Both sides have closed."""
         if self.channels.pop(channel.id, None) is not None:
-            self.owed.discard(channel)
+            self.outlet.forget(channel)
             self._endChannel(channel)
 
     def _endChannel(self, channel: GatewayChannel) -> None:
@@ -520,19 +478,6 @@ class GatewayConnection(SSHConnection):
         """Payload: uint32 our channel."""
         self._only(packet)
 
-    def ssh_GLOBAL_REQUEST(self, packet: bytes) -> None:
-        """Payload: string name, boolean want reply, ..."""
-        fields = Fields(packet, "GLOBAL_REQUEST")
-        name, wantReply = fields.string(), fields.boolean()
-        answer = self.gotGlobalRequest(name, fields.rest())
-        if isinstance(answer, Deferred):
-            if wantReply:
-                self._globalReplies.add(answer.addCallback(_globalReply))
-            else:
-                answer.addErrback(self._requestFailed)
-        elif wantReply:
-            self._globalReplies.add(_globalReply(answer))
-
     def gotGlobalRequest(self, requestType: bytes, data: bytes) -> Any:
         """Answer as :meth:`IConchUser.gotGlobalRequest` does, or with a Deferred of that.
 
@@ -544,68 +489,20 @@ class GatewayConnection(SSHConnection):
             return True
         return self.transport.avatar.gotGlobalRequest(requestType, data)
 
-    def _requestFailed(self, reason: Failure) -> None:
-        self._log.failure("a request could not be carried out", reason)
-
-    def _sendGlobalReply(self, data: bytes | None) -> None:
-        if data is None:
-            self.transport.sendPacket(MSG_REQUEST_FAILURE, b"")
-        else:
-            self.transport.sendPacket(MSG_REQUEST_SUCCESS, data)
-
     def sendGlobalRequest(
         self, request: bytes, data: bytes, wantReply: bool = False
     ) -> Deferred[bytes] | None:
-        """Ask the client something that concerns no channel.
+        """Ask the client something that concerns no channel; see :meth:`GlobalRequests.send`."""
+        return self.globalRequests.send(request, data, wantReply)
 
-        :returns: its reply, if one is wanted; fails with :class:`ConchError` if it refuses.
-        """
-        self.transport.sendPacket(
-            MSG_GLOBAL_REQUEST, string(request) + (b"\1" if wantReply else b"\0") + data
-        )
-        if not wantReply:
-            return None
-        reply: Deferred[bytes] = Deferred()
-        self.deferreds["global"].append(reply)
-        return reply
+    def _requestFailed(self, reason: Failure) -> None:
+        self._log.failure("a request could not be carried out", reason)
 
-    def ssh_REQUEST_SUCCESS(self, packet: bytes) -> None:
-        """Payload: what the request defines."""
-        if self.deferreds["global"]:
-            self.deferreds["global"].pop(0).callback(packet)
+    def _askAlive(self) -> None:
+        reply = self.sendGlobalRequest(b"keepalive@openssh.com", b"", True)
+        if reply is not None:
+            # Any answer will do.
+            reply.addBoth(lambda _: None)
 
-    def ssh_REQUEST_FAILURE(self, packet: bytes) -> None:
-        """No payload."""
-        if self.deferreds["global"]:
-            self.deferreds["global"].pop(0).errback(ConchError("request refused"))
-
-    # --- is anybody there --------------------------------------------------------------------
-
-    def _scheduleAlive(self) -> None:
-        interval = getattr(self._limits(), "clientAliveInterval", 0)
-        clock = getattr(getattr(self.transport, "factory", None), "clock", None)
-        if interval and clock is not None:
-            self._aliveCall = clock.callLater(interval, self._checkAlive)
-
-    def _checkAlive(self) -> None:
-        """sshd's ClientAliveInterval and ClientAliveCountMax: ask one who has been silent."""
-        self._aliveCall = None
-        if self._heard:
-            self._heard = False
-            self._unanswered = 0
-        elif self._unanswered >= getattr(self._limits(), "clientAliveCountMax", 3):
-            self.disconnect("the client does not respond", DisconnectCode.BY_APPLICATION)
-            return
-        else:
-            self._unanswered += 1
-            reply = self.sendGlobalRequest(b"keepalive@openssh.com", b"", True)
-            if reply is not None:
-                reply.addBoth(lambda _: None)
-        self._scheduleAlive()
-
-
-def _globalReply(answer: Any) -> bytes | None:
-    """An :class:`IConchUser` answer as the reply's data, ``None`` for a failure."""
-    if not answer:
-        return None
-    return answer[1] if isinstance(answer, tuple) else b""
+    def _notAlive(self) -> None:
+        self.disconnect("the client does not respond", DisconnectCode.BY_APPLICATION)
