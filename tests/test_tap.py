@@ -1,0 +1,209 @@
+"""The command line of ``twistd conchkernel``: what it takes, what it refuses, what comes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.application.service import IService
+from twisted.cred.checkers import FilePasswordDB
+from twisted.internet import reactor
+from twisted.python.usage import UsageError
+from zope.interface.verify import verifyObject
+
+from conchkernel import tap
+from conchkernel.errors import ConfigurationError
+from conchkernel.ssh.checkers import AnonymousOwnerChecker, AuthorizedKeysChecker, TokenChecker
+from conchkernel.ssh.limits import Limits
+
+URL = "http://127.0.0.1:8888/?token=sesame"
+
+
+@pytest.fixture(autouse=True)
+def cleanAccount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with nothing in it, and no gateway variables."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv(tap.URL_VARIABLE, raising=False)
+    return tmp_path
+
+
+def parse(*arguments: str) -> tap.Options:
+    """The options of a command line."""
+    options = tap.Options()
+    options.parseOptions(list(arguments))
+    return options
+
+
+def test_defaults(cleanAccount: Path) -> None:
+    """A URL is all that must be said."""
+    options = parse("--jupyter-url", URL)
+    assert options["url"] == URL
+    assert options["listen"] == ["tcp:2222:interface=127.0.0.1"]
+    assert options["state-dir"] == cleanAccount / ".local" / "state" / "conchkernel"
+    assert options["kernel-per"] == "user"
+    assert options["orphan-timeout"] == 120
+    assert tap._limits(options) == Limits()
+
+
+def test_describedDefaultsAreTrue() -> None:
+    """What ``--help`` calls the default of a limit is its default."""
+    for name, (fields, judge, description) in tap._LIMITS.items():
+        told = description.rpartition("(default: ")[2].rstrip(")").strip("'")
+        assert tap._limits(parse("--jupyter-url", URL, f"--{name}", told)) == Limits(), name
+        assert fields
+        assert judge
+
+
+def test_stateDirFollowsTheSpecification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XDG_STATE_HOME counts where it is absolute."""
+    monkeypatch.setenv("XDG_STATE_HOME", "/somewhere")
+    assert parse("--jupyter-url", URL)["state-dir"] == Path("/somewhere/conchkernel")
+    monkeypatch.setenv("XDG_STATE_HOME", "somewhere")
+    assert parse("--jupyter-url", URL)["state-dir"].parts[-3:] == (".local", "state", "conchkernel")
+
+
+def test_urlFromTheEnvironment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment keeps a token out of argv; an option outweighs it."""
+    monkeypatch.setenv(tap.URL_VARIABLE, URL)
+    assert parse()["url"] == URL
+    assert parse("--jupyter-url", "http://127.0.0.1:9/")["url"] == "http://127.0.0.1:9/"
+
+
+def test_urlFromAFile(cleanAccount: Path) -> None:
+    """A file does so too, with a line end or without."""
+    path = cleanAccount / "url"
+    path.write_text(f"{URL}\n")
+    assert parse("--jupyter-url-file", str(path))["url"] == URL
+
+
+def test_severalPortsAndEndpoints() -> None:
+    """``--port`` is short for an endpoint on loopback; all that are given are listened on."""
+    options = parse("--jupyter-url", URL, "-p", "0", "--listen", "unix:/tmp/gateway")
+    assert options["listen"] == ["tcp:0:interface=127.0.0.1", "unix:/tmp/gateway"]
+
+
+def test_limitsBySshdsNames() -> None:
+    """Times and sizes have units as in sshd_config(5)."""
+    options = parse(
+        *("--jupyter-url", URL, "--login-grace-time", "2m", "--max-startups", "5"),
+        *("--rekey-limit", "512M 30m", "--client-alive-interval", "1.5"),
+    )
+    limits = tap._limits(options)
+    assert limits.loginGraceTime == 120
+    assert limits.maxStartups == (5, 100, 5)
+    assert (limits.rekeyLimitBytes, limits.rekeyLimitSeconds) == (512 << 20, 1800)
+    assert limits.clientAliveInterval == 1.5
+    assert limits.maxSessions == Limits().maxSessions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "which Jupyter"),
+        (["--jupyter-url", ""], "which Jupyter"),
+        (["--jupyter-url", URL, "--jupyter-url-file", "x"], "not both"),
+        (["--jupyter-url-file", "/nonexistent/url"], "No such file"),
+        (["--jupyter-url", "ftp://127.0.0.1/?token=sesame"], "--jupyter-url: "),
+        (["--jupyter-url", URL, "--port", "65536"], "--port: '65536'"),
+        (["--jupyter-url", URL, "--port", "ssh"], "--port: 'ssh'"),
+        (["--jupyter-url", URL, "--kernel-per", "host"], "--kernel-per: 'host'"),
+        (["--jupyter-url", URL, "--orphan-timeout", "-1"], "--orphan-timeout: '-1'"),
+        (["--jupyter-url", URL, "--orphan-timeout", "nan"], "--orphan-timeout: 'nan'"),
+        (["--jupyter-url", URL, "--login-grace-time", "soon"], "--login-grace-time: 'soon'"),
+        (["--jupyter-url", URL, "--max-sessions", "0"], "--max-sessions: '0'"),
+        (["--jupyter-url", URL, "--max-startups", "9:0:9"], "--max-startups: '9:0:9'"),
+        (["--jupyter-url", URL, "--rekey-limit", "1K"], "--rekey-limit: '1K'"),
+        (["--jupyter-url", URL, "--log-level", "loud"], "--log-level: 'loud'"),
+        (["--jupyter-url", URL, "--accept-env", "A=B"], "--accept-env: 'A=B'"),
+        (["--jupyter-url", URL, "--host-key", "/nonexistent"], "no file /nonexistent"),
+        (["--jupyter-url", URL, "--authorized-keys", "/nonexistent"], "no file /nonexistent"),
+        (["--jupyter-url", URL, "--jupyter-ca", "/nonexistent"], "no file /nonexistent"),
+        (["--jupyter-url", URL, "--auth", "nonsense"], "Auth plugin not recognized"),
+        (["--jupyter-url", URL, "--auth", "file:/nonexistent"], "no file /nonexistent"),
+        (["--jupyter-url", URL, "--unknown"], "--unknown"),
+        ([URL], "--jupyter-url"),
+    ],
+)
+def test_wrongValuesAreRefused(arguments: list[str], complaint: str) -> None:
+    """Each in one line that names it and never the token."""
+    with pytest.raises(UsageError) as caught:
+        parse(*arguments)
+    line = str(caught.value)
+    assert complaint in line
+    assert "\n" not in line
+    assert "sesame" not in line
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "closed"),
+    [
+        ("tcp:2222:interface=127.0.0.1", True),
+        ("tcp:2222:127.8.8.8", True),
+        ("tcp:port=2222:interface=127.0.0.1", True),
+        (r"tcp6:2222:interface=\:\:1", True),
+        ("haproxy:tcp:2222:interface=127.0.0.1", True),
+        ("unix:/run/gateway", True),
+        ("tcp:2222", False),
+        ("tcp:2222:interface=0.0.0.0", False),
+        ("tcp:2222:interface=192.0.2.1", False),
+        ("tcp:2222:interface=example.com", False),
+        ("tcp6:2222", False),
+        ("haproxy:tcp:2222", False),
+        ("systemd:domain=INET:index=0", False),
+        ("fd:3", False),
+    ],
+)
+def test_anonymousStaysOnThisHost(endpoint: str, closed: bool) -> None:
+    """Without a check of who comes, only what is known to be loopback is listened on, unless
+    the operator says so in so many words."""
+    arguments = ["--jupyter-url", URL, "--auth", "anonymous", "--listen", endpoint]
+    if closed:
+        parse(*arguments)
+    else:
+        with pytest.raises(UsageError, match="--i-know-this-is-open"):
+            parse(*arguments)
+    parse(*arguments, "--i-know-this-is-open")
+
+
+def test_defaultCheckers(cleanAccount: Path) -> None:
+    """Keys of the account, and the token where the URL has one."""
+    kinds = [type(one) for one in tap._checkers(parse("--jupyter-url", URL))]
+    assert kinds == [AuthorizedKeysChecker, TokenChecker]
+    kinds = [type(one) for one in tap._checkers(parse("--jupyter-url", "http://127.0.0.1:8888/"))]
+    assert kinds == [AuthorizedKeysChecker]
+
+
+def test_authReplacesTheDefaults(cleanAccount: Path) -> None:
+    """What is given by ``--auth`` is all there is."""
+    users = cleanAccount / "users"
+    users.write_text("ann:secret\n")
+    checkers = tap._checkers(parse("--jupyter-url", URL, "--auth", f"file:{users}"))
+    assert [type(one) for one in checkers] == [FilePasswordDB]
+    checkers = tap._checkers(parse("--jupyter-url", URL, "--auth", "anonymous"))
+    assert [type(one) for one in checkers] == [AnonymousOwnerChecker]
+
+
+def test_badEndpoint() -> None:
+    """Only the reactor's plugins know every kind of endpoint, so the service's maker complains."""
+    for endpoint in ("nonsense:1", "tcp:", "tcp:1:2:3:4:5", "tcp:http"):
+        options = parse("--jupyter-url", URL, "--listen", endpoint)
+        with pytest.raises(ConfigurationError, match=f"--listen {endpoint}"):
+            tap.makeService(options, reactor=reactor)
+
+
+@pytest_twisted.ensureDeferred
+async def test_makeServiceTouchesOnlyTheStateDirectory(cleanAccount: Path) -> None:
+    """A service is made with its host key on disk, and nothing is listened on yet."""
+    service: Any = tap.makeService(parse("--jupyter-url", URL, "--port", "0"), reactor=reactor)
+    verifyObject(IService, service)
+    assert not service.ports
+    state = cleanAccount / ".local" / "state" / "conchkernel"
+    (key,) = state.iterdir()
+    assert state.stat().st_mode & 0o077 == 0
+    assert key.stat().st_mode & 0o077 == 0
+    before = key.read_bytes()
+    tap.makeService(parse("--jupyter-url", URL, "--port", "0"), reactor=reactor)
+    assert key.read_bytes() == before
