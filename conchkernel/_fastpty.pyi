@@ -1,0 +1,3 @@
+ABI: int
+
+def drain(fd: int, limit: int, terminal: bool) -> tuple[bytes, bool]: ...

@@ -1,0 +1,302 @@
+"""Kernels for users: who shares which, when one starts, and when it goes.
+
+:class:`JupyterBackend` gives each user one kernel, shared by that user's connections, and takes it away
+a grace time after the last use. Everything it made it removes when it stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import uuid
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred, DeferredList, fail, succeed
+from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from conchkernel.errors import ConfigurationError, JupyterError, LinkLost
+from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
+from conchkernel.jupyter.kernel import KernelRoad
+from conchkernel.jupyter.link import KernelStream, Link
+from conchkernel.jupyter.proxy import make_agent
+from conchkernel.jupyter.rest import JupyterClient, discover
+
+_IDENTITY = "identity"
+_IDENTITY_BYTES = 32
+#: The name under which a single owner's kernel is kept; the realm uses the same.
+OWNER = "owner"
+
+
+def identity(stateDir: Path) -> bytes:
+    """The gateway's own secret, made on first use; kernel ids and agents' secrets follow from it.
+
+    So a gateway that starts again finds its kernel and its agent.
+
+    :raises ConfigurationError: if the state directory cannot be used.
+    """
+    path = stateDir / _IDENTITY
+    try:
+        stateDir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            fresh = stateDir / f".{_IDENTITY}.{os.getpid()}"
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                file.write(secrets.token_hex(_IDENTITY_BYTES) + "\n")
+            try:
+                os.link(fresh, path)  # whoever comes first, all use the same
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+        key = bytes.fromhex(path.read_text("ascii").strip())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"the state directory {stateDir} cannot be used: {error}") from None
+    if len(key) != _IDENTITY_BYTES:
+        raise ConfigurationError(f"{path} is damaged; remove it, and a new one is made")
+    return key
+
+
+@implementer(IKernelLink)
+class KernelUse:
+    """One connection's use of a user's kernel."""
+
+    def __init__(self, kernel: UserKernel) -> None:
+        self._kernel = kernel
+        self._streams: set[KernelStream] = set()
+        self._released = False
+
+    def openProcess(self, request: ProcessRequest, receiver: Any) -> KernelStream:
+        """See :class:`IKernelLink`."""
+        stream = self._kernel.link.openProcess(request, receiver)
+        self._streams = {other for other in self._streams if not other.over}
+        self._streams.add(stream)
+        return stream
+
+    def release(self) -> None:
+        """See :class:`IKernelLink`."""
+        if not self._released:
+            self._released = True
+            for stream in self._streams:
+                stream.close()
+            self._streams.clear()
+            self._kernel.released()
+
+
+class UserKernel:
+    """The kernel of one user: its road, its link, how many use it."""
+
+    _log = Logger()
+
+    def __init__(self, backend: JupyterBackend, user: str) -> None:
+        self._backend = backend
+        self._user = user
+        self._uses = 0
+        self._waiting: list[Deferred[None]] = []
+        self._starting: Deferred[None] | None = None
+        self._ready = False
+        self._grace: IDelayedCall | None = None
+        self._road, self.link = backend.build(user)
+
+    def connect(self) -> Deferred[IKernelLink]:
+        """One more use, as soon as the kernel is there."""
+        self._uses += 1
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        use = KernelUse(self)
+        ready: Deferred[None] = self.ready()
+        ready.addErrback(self._unused)
+        return ready.addCallback(lambda _: use)
+
+    def _unused(self, failure: Failure) -> Failure:
+        self.released()
+        return failure
+
+    def ready(self) -> Deferred[None]:
+        """Fires when the link is attached for the first time; several may wait."""
+        if self._ready:
+            return succeed(None)
+        waiting: Deferred[None] = Deferred(self._cancelled)
+        self._waiting.append(waiting)
+        if self._starting is None:
+            self._starting = Deferred.fromCoroutine(self._start())
+            self._starting.addBoth(self._started)
+        return waiting
+
+    async def _start(self) -> None:
+        # A kernel of the same id may be on its way out.
+        await self._backend.ended(self._user)
+        await self.link.start()
+
+    def _cancelled(self, waiting: Deferred[None]) -> None:
+        if waiting in self._waiting:
+            self._waiting.remove(waiting)
+
+    def _started(self, result: None | Failure) -> None:
+        self._starting = None
+        self._ready = not isinstance(result, Failure)
+        waiting, self._waiting = self._waiting, []
+        if isinstance(result, Failure) and result.check(JupyterError) is None:
+            self._log.failure("starting a kernel", result)
+            result = Failure(LinkLost("the kernel could not be started; the gateway's log has why"))
+        for deferred in waiting:
+            if isinstance(result, Failure):
+                deferred.errback(result)
+            else:
+                deferred.callback(None)
+
+    def released(self) -> None:
+        """One use less; after the last one the grace time begins."""
+        self._uses -= 1
+        if self._uses == 0 and not self._backend.stopping:
+            self._grace = self._backend.reactor.callLater(self._backend.grace, self._expired)
+
+    def _expired(self) -> None:
+        self._grace = None
+        self._backend.end(self._user, self)
+
+    async def stop(self) -> None:
+        """End agent and kernel, unless another gateway uses them too."""
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        if self._starting is not None:
+            self._starting.cancel()
+        others = await self.link.stop()
+        if others > 0:
+            return
+        try:
+            await self._road.remove()
+        except JupyterError as error:
+            self._log.warn("a kernel may be left behind: {error}", error=str(error))
+
+
+@implementer(IBackend)
+class JupyterBackend:
+    """Kernels on one Jupyter server.
+
+    :param urlText: the URL as it was pasted, with its token.
+    :param stateDir: where the gateway's identity is kept.
+    :param prestart: whose kernel :meth:`start` starts; ``None`` for nobody's.
+    :param grace: seconds from the last use of a kernel to its end.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        reactor: Any,
+        urlText: str,
+        *,
+        state_dir: Path,
+        kernel_name: str | None = None,
+        shell: str | None = None,
+        working_dir: str | None = None,
+        ca_file: Path | None = None,
+        orphan_timeout: float = 120.0,
+        grace: float = 60.0,
+        prestart: str | None = OWNER,
+    ) -> None:
+        self.reactor = reactor
+        self.grace = grace
+        self.stopping = False
+        self._urlText = urlText
+        self._stateDir = Path(state_dir)
+        self._kernelName = kernel_name
+        self._shell = shell
+        self._workingDir = working_dir
+        self._caFile = ca_file
+        self._orphanTimeout = orphan_timeout
+        self._prestart = prestart
+        self._client: JupyterClient | None = None
+        self._identity = b""
+        self._kernels: dict[str, UserKernel] = {}
+        self._ending: dict[str, Deferred[None]] = {}
+
+    async def start(self) -> None:
+        """Find the server, check the token, start the first kernel. May be tried again.
+
+        :raises JupyterError: with a sentence.
+        :raises ConfigurationError: if the state directory cannot be used.
+        """
+        self._identity = identity(self._stateDir)
+        if self._client is None:
+            agent = make_agent(self.reactor, self._caFile)
+            self._client = await discover(self.reactor, self._urlText, agent=agent)
+        if self._prestart is not None:
+            await self._kernel(self._prestart).ready()
+
+    async def stop(self) -> None:
+        """End every kernel and agent that was started here, and every connection."""
+        self.stopping = True
+        kernels, self._kernels = self._kernels, {}
+        endings = [Deferred.fromCoroutine(self.ended(user)) for user in self._ending]
+        endings += [Deferred.fromCoroutine(kernel.stop()) for kernel in kernels.values()]
+        await DeferredList(endings, consumeErrors=True)
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    def connect(self, user: str) -> Deferred[IKernelLink]:
+        """See :class:`IBackend`."""
+        if self._client is None or self.stopping:
+            return fail(LinkLost("the gateway has no Jupyter server now; try again in a moment"))
+        return self._kernel(user).connect()
+
+    def _kernel(self, user: str) -> UserKernel:
+        kernel = self._kernels.get(user)
+        if kernel is None:
+            kernel = self._kernels[user] = UserKernel(self, user)
+        return kernel
+
+    def end(self, user: str, kernel: UserKernel) -> None:
+        """The user's kernel goes; the next use gets a new one, after this one's end."""
+        self._kernels.pop(user, None)
+        done = Deferred.fromCoroutine(kernel.stop())
+        done.addErrback(lambda failure: self._log.failure("removing a kernel", failure))
+        self._ending[user] = done
+        done.addBoth(lambda _: self._ending.pop(user, None))
+
+    async def ended(self, user: str) -> None:
+        """Wait for the end of a former kernel of this user, if there is one on its way."""
+        ending = self._ending.get(user)
+        if ending is not None:
+            over: Deferred[None] = Deferred()
+            ending.addBoth(lambda _: over.callback(None))
+            await over
+
+    def build(self, user: str) -> tuple[KernelRoad, Link]:
+        """The road and the link for a user's kernel."""
+        assert self._client is not None
+        base = self._client.location.base
+
+        def derive(purpose: str) -> bytes:
+            text = f"{purpose}\0{base}\0{self._kernelName or ''}\0{user}"
+            return hmac.digest(self._identity, text.encode(), hashlib.sha256)
+
+        agentId = derive("agent").hex()[:16]
+        secret = derive("secret").hex()
+        road = KernelRoad(
+            self.reactor,
+            self._client,
+            kernelId=str(uuid.UUID(bytes=derive("kernel")[:16], version=4)),
+            kernelName=self._kernelName,
+            agentId=agentId,
+            secret=secret,
+            orphanTimeout=self._orphanTimeout,
+            memory=self._stateDir / f"kernel-{agentId}",
+        )
+        link = Link(
+            self.reactor,
+            road.carry,
+            secret,
+            defaults={"shell": self._shell, "directory": self._workingDir},
+            pingSeconds=min(10.0, self._orphanTimeout / 4),
+        )
+        return road, link

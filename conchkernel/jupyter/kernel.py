@@ -1,0 +1,246 @@
+"""One kernel of the gateway's own, and the carriers that lead through it to its agent.
+
+A :class:`KernelRoad` finds or creates the kernel, connects to its channels, puts the relay in, has the
+agent started, and gives the :class:`~conchkernel.jupyter.link.Link` a carrier. It is asked again
+after each loss, and does whatever of this is missing by then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from conchkernel import wire
+from conchkernel.errors import JupyterError, KernelRefused, KernelUnsupported, LinkLost
+from conchkernel.jupyter import injection
+from conchkernel.jupyter.channels import KernelChannels, connect_channels
+
+if TYPE_CHECKING:
+    from conchkernel.jupyter.link import CarrierUser
+    from conchkernel.jupyter.rest import JupyterClient
+
+#: A kernel on a busy host may take this long to answer its first request.
+KERNEL_SECONDS = 60.0
+START_SECONDS = 30.0
+#: Traffic on the fast path does not count as activity for cullers; this does.
+KEEP_ALIVE_SECONDS = 60.0
+
+
+class KernelCarrier:
+    """Messages over the control channel of one WebSocket."""
+
+    def __init__(self, user: CarrierUser) -> None:
+        self._user: CarrierUser | None = user
+        self._channels: KernelChannels | None = None
+        self._started: Deferred[dict[str, Any]] | None = None
+        self._keepAlive = LoopingCall(self._sayAlive)
+
+    # --- the link's side ---------------------------------------------------------------------
+
+    @property
+    def writable(self) -> bool:
+        """Whether the WebSocket's socket takes more."""
+        return self._channels is not None and self._channels.writable
+
+    def send(self, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Send one message."""
+        if self._channels is not None:
+            self._channels.send_carrier(parts)
+
+    def close(self) -> None:
+        """Give the WebSocket up."""
+        self._user = None
+        if self._keepAlive.running:
+            self._keepAlive.stop()
+        channels, self._channels = self._channels, None
+        if channels is not None:
+            channels.close()
+
+    # --- the channels' side ------------------------------------------------------------------
+
+    def received(self, message: bytes) -> None:
+        """One message of the relay."""
+        if message[:1] == bytes([wire.STARTED]):
+            started, self._started = self._started, None
+            if started is not None:
+                try:
+                    started.callback(wire.body_of(message))
+                except wire.WireViolation as violation:
+                    started.errback(LinkLost(str(violation)))
+        elif self._user is not None:
+            self._user.received(message)
+
+    def lost(self, reason: Any) -> None:
+        """The WebSocket is gone."""
+        error = reason.value if isinstance(reason, Failure) else reason
+        started, self._started = self._started, None
+        if started is not None:
+            started.errback(Failure(error))
+        user = self._user
+        self.close()
+        if user is not None:
+            user.lost(error)
+
+    def resumed(self) -> None:
+        """The socket takes more again."""
+        if self._user is not None:
+            self._user.resumed()
+
+    # --- making it ---------------------------------------------------------------------------
+
+    async def open(
+        self, reactor: Any, client: JupyterClient, kernel_id: str, start: dict[str, Any]
+    ) -> None:
+        """Connect, inject, start the agent.
+
+        :raises JupyterError: with a sentence.
+        """
+        channels = await connect_channels(
+            reactor,
+            client,
+            kernel_id,
+            on_carrier=self.received,
+            on_lost=self.lost,
+            on_resumed=self.resumed,
+        )
+        self._channels = channels
+        info = await channels.request("shell", "kernel_info_request", {}, KERNEL_SECONDS)
+        language = (info.get("language_info") or {}).get("name")
+        if language != "python":
+            raise KernelUnsupported(
+                f"this kernel speaks {str(language)[:40]}, not Python, and cannot carry a shell; "
+                "choose a Python kernel with --kernel-name"
+            )
+        reply = await channels.request(
+            "shell", "execute_request", injection.injection(), KERNEL_SECONDS
+        )
+        injection.check(reply)
+        self._started = started = Deferred()
+        started.addTimeout(START_SECONDS, reactor)
+        channels.send_carrier([bytes([wire.START]) + json.dumps(start).encode()])
+        try:
+            answer = await started
+        except TimeoutError:
+            raise KernelUnsupported(
+                "the relay in the kernel does not answer on the control channel; "
+                "choose a kernel with ipykernel 6 or newer with --kernel-name"
+            ) from None
+        finally:
+            self._started = None
+        if "error" in answer:
+            raise KernelUnsupported(str(answer["error"])[:300])
+        self._keepAlive.clock = reactor
+        self._keepAlive.start(KEEP_ALIVE_SECONDS, now=False)
+
+    def _sayAlive(self) -> None:
+        if self._channels is not None:
+            asked = self._channels.request("shell", "kernel_info_request", {}, KERNEL_SECONDS)
+            # Its answer does not matter, and its loss is noticed by others.
+            asked.addErrback(lambda _: None)
+
+
+class KernelRoad:
+    """The way to one user's agent.
+
+    :param kernelId: the id that the kernel shall have (and has, where the server allows it).
+    :param agentId: 16 hex digits, by which the relay finds the agent again.
+    :param memory: a file that remembers the id of a kernel whose id the server chose.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        reactor: Any,
+        client: JupyterClient,
+        *,
+        kernelId: str,
+        kernelName: str | None,
+        agentId: str,
+        secret: str,
+        orphanTimeout: float,
+        memory: Path,
+    ) -> None:
+        self._reactor = reactor
+        self._client = client
+        self._wantedId = kernelId
+        self._kernelName = kernelName
+        self._memory = memory
+        self._start = {
+            "id": agentId,
+            "secret": secret,
+            "options": {"orphan_timeout": orphanTimeout},
+        }
+        self._kernel: str | None = None
+        self._sessionId: str | None = None
+
+    async def carry(self, user: CarrierUser) -> KernelCarrier:
+        """A carrier for the link.
+
+        :raises JupyterError: with a sentence.
+        """
+        kernel_id = await self._ensureKernel()
+        carrier = KernelCarrier(user)
+        try:
+            await carrier.open(self._reactor, self._client, kernel_id, self._start)
+        except BaseException:
+            carrier.close()
+            raise
+        return carrier
+
+    async def _ensureKernel(self) -> str:
+        for known in dict.fromkeys((self._kernel, self._remembered())):
+            if known is not None and await self._client.kernel(known) is not None:
+                self._kernel = known
+                return known
+        kernel = await self._client.create_kernel(self._kernelName, self._wantedId)
+        if kernel.id != self._wantedId:
+            # An older server chose an id itself. A session's path is the next best name.
+            kernel = await self._sessionKernel(kernel)
+        self._kernel = kernel.id
+        return kernel.id
+
+    async def _sessionKernel(self, unwanted: Any) -> Any:
+        path = f"conchkernel-{self._start['id']}"
+        try:
+            session = await self._client.create_session(path, self._kernelName)
+        except JupyterError:
+            # No sessions here (a kernel gateway): keep the kernel and remember it.
+            self._remember(unwanted.id)
+            return unwanted
+        self._sessionId = session.session_id
+        await self._client.delete_kernel(unwanted.id)
+        return session
+
+    def _remembered(self) -> str | None:
+        try:
+            return self._memory.read_text("ascii").strip() or None
+        except (OSError, ValueError):
+            return None
+
+    def _remember(self, kernel_id: str) -> None:
+        self._memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._memory.write_text(kernel_id + "\n", "ascii")
+
+    async def remove(self) -> None:
+        """Delete the kernel (and its session); one that is gone already is fine.
+
+        :raises JupyterError: with a sentence, if it may still be there.
+        """
+        kernel, self._kernel = self._kernel, None
+        session, self._sessionId = self._sessionId, None
+        self._memory.unlink(missing_ok=True)
+        if session is not None:
+            await self._client.delete_session(session)
+        if kernel is not None:
+            try:
+                await self._client.delete_kernel(kernel)
+            except KernelRefused:
+                self._log.debug("the kernel was gone already")
