@@ -60,8 +60,8 @@ class GatewayService(Service):
     """Listens and keeps a backend started for as long as it runs.
 
     Ports are bound first, in ``privilegedStartService`` where there is one, so that a port below
-    1024 can be had and a port that is taken costs no kernel. A client that comes before the
-    backend is ready waits in its session.
+    1024 can be had and a port that is taken costs no kernel. What a client that comes before the
+    backend is ready gets to hear is the backend's word.
 
     :ivar ports: what is being listened on, once started.
     """
