@@ -34,15 +34,17 @@ $(BIN)/python:
 	  echo "conchkernel needs Python 3.11 or newer. If there is one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "This Python cannot make a venv. On Debian: sudo apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 # Cython and setuptools come from pip's build isolation; no compiler is no error (setup.py).
 $(VENV)/.demo: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@echo "Installing into $(VENV). This happens once." >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	@echo "Installing into $(VENV). This happens once." >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
 	@touch $@ $(VENV)/.demo
 
 need-ssh:
