@@ -1,0 +1,163 @@
+"""The gateway as a factory of connections: its host keys, its services, and whom it refuses.
+
+A connection is refused in two places. MaxStartups is judged at accept, so that a flood costs
+nothing; what depends on the peer's address waits for its first packet, because behind a
+``haproxy:`` endpoint the address is not known before.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from twisted.conch.error import ConchError
+from twisted.conch.ssh.factory import SSHFactory
+from twisted.internet.protocol import Protocol
+from twisted.logger import Logger
+
+from conchkernel.ssh.connection import GatewayConnection
+from conchkernel.ssh.limits import Limits, Offence, Penalties, dropProbability
+from conchkernel.ssh.transport import GatewayTransport
+from conchkernel.ssh.userauth import GatewayUserAuth
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from twisted.conch.ssh.keys import Key
+    from twisted.conch.ssh.service import SSHService
+    from twisted.cred.portal import Portal
+    from twisted.internet.interfaces import IAddress
+
+    from conchkernel.ssh.limits import IPNetwork
+
+#: While connections are refused, this often at most the log says so.
+_REFUSAL_LOG_SECONDS = 60.0
+
+DEFAULT_LIMITS = Limits()
+
+
+class _Refused(Protocol):
+    """A connection too many: told so, as by sshd, and closed."""
+
+    def connectionMade(self) -> None:
+        assert self.transport is not None
+        self.transport.write(b"Exceeded MaxStartups\r\n")
+        self.transport.loseConnection()
+
+
+class GatewayFactory(SSHFactory):
+    """SSH connections for the users of ``portal``.
+
+    :param portal: its checkers say how one may log in, its realm gives avatars for
+        :class:`~twisted.conch.interfaces.IConchUser`.
+    :param hostKeys: private keys, the preferred one first; at most one of a type counts.
+    :param reactor: for time.
+    :param banner: sent before the first answer about a login.
+    :ivar limits: what connections and their channels may ask for.
+    """
+
+    _log = Logger()
+
+    protocol = GatewayTransport
+    noisy = False
+    services: dict[bytes, type[SSHService]] = {  # noqa: RUF012 - as in Conch
+        b"ssh-userauth": GatewayUserAuth,
+        b"ssh-connection": GatewayConnection,
+    }
+
+    def __init__(
+        self,
+        portal: Portal,
+        hostKeys: Sequence[Key],
+        *,
+        reactor: Any,
+        limits: Limits = DEFAULT_LIMITS,
+        banner: bytes | None = None,
+    ) -> None:
+        if not hostKeys:
+            raise ConchError("a server needs a host key")
+        self.portal = portal
+        self.reactor = reactor
+        self.limits = limits
+        self.banner = banner
+        self.random = random.random
+        self.penalties = Penalties(limits)
+        self.primes = None
+        self.publicKeys: dict[bytes, Key] = {}
+        self.privateKeys: dict[bytes, Key] = {}
+        self._hostKeys: dict[bytes, tuple[bytes, Key]] = {}
+        for key in hostKeys:
+            kind = key.sshType()
+            if kind in self.privateKeys:
+                continue
+            self.publicKeys[kind] = key.public()
+            self.privateKeys[kind] = key
+            for algorithm in key.supportedSignatureAlgorithms():
+                if algorithm != b"ssh-rsa":  # SHA-1
+                    self._hostKeys[algorithm] = (key.public().blob(), key)
+        self.hostKeyAlgorithms = tuple(self._hostKeys)
+        # Connections that have not logged in, with their source once it is known.
+        self._startups: dict[GatewayTransport, IPNetwork | None] = {}
+        self._refusals = 0
+        self._nextRefusalLog = 0.0
+
+    def hostKey(self, algorithm: bytes) -> tuple[bytes, Key]:
+        """The public blob and the private key for one of :attr:`hostKeyAlgorithms`."""
+        return self._hostKeys[algorithm]
+
+    def getService(self, transport: Any, service: bytes) -> type[SSHService] | None:
+        """The class for a service; any but authentication only after that."""
+        if service == b"ssh-userauth" or hasattr(transport, "avatar"):
+            return self.services.get(service)
+        return None
+
+    # --- who is let in -----------------------------------------------------------------------
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """A connection, or now and then a refusal when many have not logged in yet."""
+        chance = dropProbability(self.limits.maxStartups, len(self._startups))
+        if chance and self.random() < chance:
+            self._logRefusal("too many connections that have not logged in")
+            return _Refused()
+        transport = self.protocol()
+        transport.factory = self
+        return transport
+
+    def refusal(self, transport: GatewayTransport) -> str | None:
+        """Why this client is not served, ``None`` if it is. Asked when its address is known."""
+        host = transport.peerHost()
+        if self.penalties.refusedFor(host, self.reactor.seconds()):
+            return "too many offences from this address"
+        source = self.penalties.source(host)
+        if transport in self._startups:
+            self._startups[transport] = source
+        maximum = self.limits.perSourceMaxStartups
+        if maximum is not None and source is not None:
+            count = sum(1 for other in self._startups.values() if other == source)
+            if count > maximum:
+                return "too many connections from this address"
+        return None
+
+    def connectionOpened(self, transport: GatewayTransport) -> None:
+        """Called by a transport when it begins."""
+        self._startups[transport] = None
+
+    def connectionAuthenticated(self, transport: GatewayTransport) -> None:
+        """Called by a transport when its client has logged in."""
+        self._startups.pop(transport, None)
+
+    def connectionClosed(self, transport: GatewayTransport, offence: Offence | None) -> None:
+        """Called by a transport when it is gone."""
+        self._startups.pop(transport, None)
+        if offence is not None:
+            self.penalties.punish(transport.peerHost(), offence, self.reactor.seconds())
+
+    def _logRefusal(self, why: str) -> None:
+        self._refusals += 1
+        now = self.reactor.seconds()
+        if now >= self._nextRefusalLog:
+            self._nextRefusalLog = now + _REFUSAL_LOG_SECONDS
+            self._log.warn(
+                "refused {count} connections: {why}", count=self._refusals, why=why
+            )
+            self._refusals = 0

@@ -1,0 +1,750 @@
+"""The SSH transport of the gateway (RFC 4253), a server.
+
+Replaces Conch's packet layer and key exchange and keeps its interface: services come from the
+factory, send with :meth:`GatewayTransport.sendPacket` and receive by ``packetReceived``. Bytes
+become packets in :mod:`conchkernel.ssh.packets`, keys come from :mod:`conchkernel.ssh.kex`; here
+is the order of things: what may be said when, by whom, and how a connection ends.
+
+Rules of this file: whatever a peer does wrong is a :class:`ProtocolError`, turned into one
+SSH_MSG_DISCONNECT and one log line in one place; the two directions change keys apart, each at its
+own NEWKEYS; nothing that waits is without a bound or a deadline.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import TYPE_CHECKING, Any
+
+from twisted.conch.ssh import transport as conch
+from twisted.conch.ssh.transport import SSHServerTransport
+from twisted.internet.interfaces import IPushProducer
+from twisted.logger import Logger
+from twisted.protocols.policies import ProtocolWrapper
+from zope.interface import implementer
+
+from conchkernel import __version__
+from conchkernel.ssh import ciphers, kex
+from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, string
+from conchkernel.ssh.kex import Agreement, KexInit
+from conchkernel.ssh.limits import Offence
+from conchkernel.ssh.packets import KNOWN_PEER_BYTES, Inbound, Outbound
+from conchkernel.ssh.userkeys import SIGNATURE_ALGORITHMS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.conch.ssh.service import SSHService
+    from twisted.internet.interfaces import IDelayedCall
+    from twisted.python.failure import Failure
+
+    from conchkernel.ssh.ciphers import Data, Opener
+
+MSG_PING = 192
+MSG_PONG = 193
+MSG_USERAUTH_REQUEST = 50
+MSG_USERAUTH_SUCCESS = 52
+MSG_CHANNEL_DATA = 94
+MSG_CHANNEL_EXTENDED_DATA = 95
+
+#: RFC 4253 section 4.2 allows 255; OpenSSH takes 8192. Nobody sends so much.
+_MAXIMUM_VERSION_BYTES = 1024
+#: Messages from a peer before it has logged in. Every attempt to log in is counted elsewhere and
+#: sooner; this is for IGNORE, DEBUG and repeated service requests.
+_MAXIMUM_EARLY_MESSAGES = 256
+#: Extensions in one EXT_INFO; OpenSSH's bound.
+_MAXIMUM_EXTENSIONS = 1024
+#: What may wait for the end of a key exchange. Channel data does not, as the connection service
+#: is told to pause; replies and window adjustments do.
+_MAXIMUM_HELD_BYTES = 1024 * 1024
+#: What one held message costs beside its payload.
+_HELD_OVERHEAD_BYTES = 128
+#: Beyond this, what is sealed within one read is given to the TCP transport before the read ends.
+_MAXIMUM_CORKED_BYTES = 128 * 1024
+#: What is sent by us while TCP takes nothing, before we stop reading from this peer: replies that
+#: it asks for and does not take.
+_MAXIMUM_UNTAKEN_BYTES = 512 * 1024
+#: As much is read from the TCP transport at once, and held by it before it pauses us.
+_TCP_BUFFER_BYTES = 256 * 1024
+#: Packets under one set of keys; OpenSSH's bound, well before sequence numbers repeat.
+_MAXIMUM_PACKETS = 1 << 31
+
+#: Most clients send their KEXINIT at once, and we fit our offer to it. One that waits for ours
+#: gets it after so many seconds.
+_OFFER_SECONDS = 0.2
+#: A key exchange that takes longer is given up.
+_EXCHANGE_SECONDS = 120.0
+#: A peer that does not close after our DISCONNECT is cut off.
+_CLOSE_SECONDS = 3.0
+
+_NUMBER = tuple(bytes((number,)) for number in range(256))
+_pack_data = struct.Struct(">BLL").pack
+_pack_extended = struct.Struct(">BLLL").pack
+
+
+class Phase(enum.Enum):
+    """Where a key exchange is."""
+
+    IDLE = "no key exchange"
+    STARTED = "our KEXINIT is sent"
+    AGREED = "both KEXINIT are sent, the client's public key is awaited"
+    ANSWERED = "our NEWKEYS is sent, the client's is awaited"
+
+
+#: In this phase the client may send this message of the key exchange, and no other.
+_EXPECTED = {
+    Phase.IDLE: conch.MSG_KEXINIT,
+    Phase.STARTED: conch.MSG_KEXINIT,
+    Phase.AGREED: conch.MSG_KEX_DH_GEX_REQUEST_OLD,
+    Phase.ANSWERED: conch.MSG_NEWKEYS,
+}
+#: Between our KEXINIT and our NEWKEYS we may send only messages of the transport.
+_BLOCKED_PHASES = frozenset((Phase.STARTED, Phase.AGREED))
+#: The client may send these in every phase; in the first one not if it asked for strictness.
+_ALWAYS_ALLOWED = frozenset((conch.MSG_IGNORE, conch.MSG_UNIMPLEMENTED, conch.MSG_DEBUG))
+
+
+@implementer(IPushProducer)
+class GatewayTransport(SSHServerTransport):
+    """One client's connection.
+
+    Flow control: :meth:`isWritable` tells whether bulk may be sent. The running service, where it
+    has these methods, is told of changes by ``transportPaused()`` and ``transportResumed()``,
+    which may come from within a send. What is sent all the same is not lost.
+
+    :ivar factory: the :class:`~conchkernel.ssh.factory.GatewayFactory`.
+    :ivar sessionID: the first exchange hash (RFC 4253 section 7.2).
+    :ivar hostKeyBlob: the public host key that the client has seen.
+    :ivar failedAttempts: to log in, on this connection.
+    """
+
+    _log = Logger()
+
+    version = b"conchkernel_" + __version__.replace("-", "_").encode("ascii")
+    ourVersionString = b"SSH-2.0-" + version
+    factory: Any
+    transport: Any
+
+    def __init__(self) -> None:
+        self.hostKeyBlob = b""
+        self.failedAttempts = 0
+        self._inbound = Inbound()
+        self._outbound = Outbound()
+        self._versionBuffer = b""
+        self._phase = Phase.IDLE
+        self._strict = False
+        # The client's first NEWKEYS was here.
+        self._keyed = False
+        self._ours: KexInit | None = None
+        self._ourPayload = b""
+        self._theirPayload = b""
+        self._offer = ciphers.offer(None)
+        self._agreement: Agreement | None = None
+        self._skipGuess = False
+        self._nextOpener: Opener | None = None
+        self._nextRekey = 0.0
+        # Held back until the key exchange ends: (number, payload).
+        self._held: list[tuple[int, bytes]] = []
+        self._heldBytes = 0
+        # Sealed within the current read.
+        self._corked = False
+        self._sealed: list[bytes] = []
+        self._sealedBytes = 0
+        # What stops us from sending bulk.
+        self._tcpFull = False
+        self._writable = False
+        self._untakenBytes = 0
+        self._readingPaused = False
+        self._loggedIn = False
+        # Whether messages 80 to 127 go straight to the service.
+        self._open = False
+        self._closing = False
+        self._earlyMessages = 0
+        self._offence: Offence | None = None
+        self._receive: Callable[[int, bytes], object] = self._noService
+        self._graceCall: IDelayedCall | None = None
+        self._exchangeCall: IDelayedCall | None = None
+        self._closeCall: IDelayedCall | None = None
+        self._handlers: dict[int, Callable[[bytes], object]] = {
+            conch.MSG_DISCONNECT: self.ssh_DISCONNECT,
+            conch.MSG_IGNORE: self.ssh_IGNORE,
+            conch.MSG_UNIMPLEMENTED: self.ssh_UNIMPLEMENTED,
+            conch.MSG_DEBUG: self.ssh_DEBUG,
+            conch.MSG_SERVICE_REQUEST: self.ssh_SERVICE_REQUEST,
+            conch.MSG_EXT_INFO: self.ssh_EXT_INFO,
+            conch.MSG_KEXINIT: self.ssh_KEXINIT,
+            conch.MSG_NEWKEYS: self.ssh_NEWKEYS,
+            conch.MSG_KEX_DH_GEX_REQUEST_OLD: self._ssh_KEX_INIT,
+            MSG_PING: self._ssh_PING,
+        }
+
+    # --- life --------------------------------------------------------------------------------
+
+    def connectionMade(self) -> None:
+        """Say who we are; the first KEXINIT waits for the client's, but not for long."""
+        tcp = self.transport
+        while isinstance(tcp, ProtocolWrapper):
+            tcp = tcp.transport
+        if hasattr(tcp, "setTcpNoDelay"):
+            tcp.setTcpNoDelay(True)
+        if isinstance(getattr(tcp, "bufferSize", None), int):
+            tcp.bufferSize = _TCP_BUFFER_BYTES
+        self.transport.registerProducer(self, True)
+        self.factory.connectionOpened(self)
+        limits = self.factory.limits
+        if limits.loginGraceTime:
+            self._graceCall = self.factory.reactor.callLater(
+                limits.loginGraceTime, self._graceExceeded
+            )
+        self._exchangeCall = self.factory.reactor.callLater(_OFFER_SECONDS, self._offerUnasked)
+        self.transport.write(self.ourVersionString + b"\r\n")
+
+    def connectionLost(self, reason: Failure | None = None) -> None:
+        """The TCP connection is gone: stop all that was running for it."""
+        self._closing = True
+        self._open = self._writable = False
+        for call in (self._graceCall, self._exchangeCall, self._closeCall):
+            if call is not None and call.active():
+                call.cancel()
+        self._held = []
+        service, self.service = self.service, None
+        try:
+            if service is not None:
+                service.serviceStopped()
+        except Exception:
+            self._log.failure("{peer}: a service could not be stopped", peer=self.peerName())
+        logout, self.logoutFunction = getattr(self, "logoutFunction", None), _nothing
+        try:
+            if logout is not None:
+                logout()
+        except Exception:
+            self._log.failure("{peer}: log out failed", peer=self.peerName())
+        self.factory.connectionClosed(self, self._offenceOf())
+
+    def _offenceOf(self) -> Offence | None:
+        if self._offence is not None or self._loggedIn:
+            return self._offence
+        return Offence.AUTH_FAIL if self.failedAttempts else Offence.NO_AUTH
+
+    def peerName(self) -> str:
+        """The peer's address for the log."""
+        peer = self.transport.getPeer()
+        host = getattr(peer, "host", None)
+        if host is None:
+            return str(peer)
+        return f"[{host}]:{peer.port}" if ":" in host else f"{host}:{peer.port}"
+
+    def peerHost(self) -> str:
+        """The peer's IP address, or nothing where it has none."""
+        return str(getattr(self.transport.getPeer(), "host", ""))
+
+    # --- bytes in ----------------------------------------------------------------------------
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take what TCP brings: the version line, then packets, in pieces of any size."""
+        if self._closing:
+            return
+        try:
+            if not self.gotVersion:
+                rest = self._takeVersion(data)
+                if rest is None:
+                    return
+                data = rest
+            inbound = self._inbound
+            inbound.feed(data)
+            if self._corked:
+                return
+            self._corked = True
+            try:
+                next_ = inbound.next
+                while (packet := next_()) is not None:
+                    number = packet[1]
+                    if self._open and 80 <= number < 128:
+                        self._receive(number, packet[2 : -packet[0]])
+                    else:
+                        self._dispatch(number, packet[2 : -packet[0]])
+                    if self._closing:
+                        break
+            finally:
+                self._uncork()
+        except ProtocolError as error:
+            self.sendDisconnect(error.code, str(error).encode("ascii", "backslashreplace"))
+            return
+        except Exception:
+            self._log.failure("{peer}: a packet could not be handled", peer=self.peerName())
+            self._offence = Offence.CRASH
+            self.sendDisconnect(DisconnectCode.BY_APPLICATION, b"internal error")
+            return
+        if self._phase is Phase.IDLE and self.sessionID is not None and self._keysAreOld():
+            self.sendKexInit()
+
+    def _takeVersion(self, data: bytes) -> bytes | None:
+        """Read the client's version line; what follows it, once it is there."""
+        buffer = self._versionBuffer + data
+        line, newline, rest = buffer.partition(b"\n")
+        line = line.rstrip(b"\r")
+        if len(line) > _MAXIMUM_VERSION_BYTES or not line.startswith(b"SSH-"[: len(line)]):
+            self._refuseVersion("is not an SSH client")
+            return None
+        if not newline:
+            self._versionBuffer = buffer
+            return None
+        self._versionBuffer = b""
+        if b"\0" in line or line[4:].partition(b"-")[0] not in self.supportedVersions:
+            self._refuseVersion("speaks another protocol version")
+            return None
+        self.otherVersionString = line
+        self.gotVersion = True
+        return rest
+
+    def _refuseVersion(self, why: str) -> None:
+        # Who is no SSH client could not read a packet; sshd answers with this line too.
+        self._log.info("{peer}: refused, {why}", peer=self.peerName(), why=why)
+        self.transport.write(b"Invalid SSH identification string.\r\n")
+        self._close()
+
+    def _dispatch(self, number: int, payload: bytes) -> None:
+        """Everything but the messages of a running connection service."""
+        phase = self._phase
+        if not self._loggedIn:
+            self._earlyMessages += 1
+            if self._earlyMessages > _MAXIMUM_EARLY_MESSAGES:
+                raise ProtocolError("too many messages before authentication")
+        if conch.MSG_KEXINIT <= number < 50:
+            if number != _EXPECTED[phase]:
+                raise ProtocolError(f"message {number} out of order in the key exchange")
+        elif number != conch.MSG_DISCONNECT:
+            exchanging = phase in (Phase.AGREED, Phase.ANSWERED)
+            if not self._keyed:
+                # With strict key exchange an attacker could count on nothing in between.
+                if self._strict or number not in _ALWAYS_ALLOWED:
+                    raise ProtocolError(f"message {number} before the first keys")
+            elif exchanging and number not in _ALWAYS_ALLOWED:
+                raise ProtocolError(f"message {number} during the key exchange")
+        handler = self._handlers.get(number)
+        if handler is not None:
+            handler(payload)
+        elif self._loggedIn and number == MSG_USERAUTH_REQUEST:
+            pass  # RFC 4252 section 5.1: ignored after success.
+        elif 50 <= number < 128 and (self._loggedIn or number < 80):
+            self._receive(number, payload)
+        elif not self._loggedIn and 80 <= number < 128:
+            raise ProtocolError(f"message {number} before authentication")
+        else:
+            self.sendUnimplemented()
+
+    def dispatchMessage(self, messageNum: int, payload: bytes) -> None:
+        """Conch's name for what happens to a packet."""
+        self._dispatch(messageNum, payload)
+
+    def _noService(self, number: int, payload: bytes) -> None:
+        raise ProtocolError(f"message {number} before a service was requested")
+
+    # --- the key exchange --------------------------------------------------------------------
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._open = self._loggedIn and phase in (Phase.IDLE, Phase.STARTED)
+        self._updateWritable()
+
+    def _offerUnasked(self) -> None:
+        """The client waits for our KEXINIT, or for nothing at all."""
+        self._exchangeCall = None
+        if not self._closing and self._phase is Phase.IDLE:
+            self.sendKexInit()
+
+    def _keysAreOld(self) -> bool:
+        limits = self.factory.limits
+        inbound, outbound = self._inbound, self._outbound
+        return (
+            0 < limits.rekeyLimitBytes <= inbound.bytes + outbound.bytes
+            or inbound.packets >= _MAXIMUM_PACKETS
+            or outbound.packets >= _MAXIMUM_PACKETS
+            or 0 < self._nextRekey <= self.factory.reactor.seconds()
+        )
+
+    def sendKexInit(self) -> None:
+        """Begin a key exchange, or answer the client's beginning."""
+        first = self.sessionID is None
+        markers = (kex.EXT_INFO_SERVER, kex.STRICT_SERVER) if first else ()
+        offer = self._offer
+        self._ours = KexInit(
+            kex.METHODS + markers,
+            self.factory.hostKeyAlgorithms,
+            offer.ciphers,
+            offer.ciphers,
+            offer.macs,
+            offer.macs,
+            (b"none",),
+            (b"none",),
+        )
+        payload = self._ours.encode()
+        self._ourPayload = _NUMBER[conch.MSG_KEXINIT] + payload
+        self._enter(Phase.STARTED)
+        self._send(_NUMBER[conch.MSG_KEXINIT], payload)
+        if self._exchangeCall is None:
+            self._exchangeCall = self.factory.reactor.callLater(
+                _EXCHANGE_SECONDS, self._exchangeExceeded
+            )
+
+    def ssh_KEXINIT(self, packet: bytes) -> None:
+        """What the client can do (RFC 4253 section 7.1)."""
+        theirs = KexInit.parse(packet)
+        if self.sessionID is None:
+            self._strict = kex.STRICT_CLIENT in theirs.methods
+            self._peerSupportsExtensions = kex.EXT_INFO_CLIENT in theirs.methods
+            if self._strict and self._inbound.packets != 1:
+                raise ProtocolError("KEXINIT was not the first packet")
+            refusal = self.factory.refusal(self)
+            if refusal is not None:
+                self._offence = Offence.REFUSED
+                raise ProtocolError(refusal, DisconnectCode.TOO_MANY_CONNECTIONS)
+        if self._phase is Phase.IDLE:
+            both = [name for name in theirs.ciphers_in if name in theirs.ciphers_out]
+            self._offer = ciphers.offer(both, theirs.macs_in)
+            if self._exchangeCall is not None:
+                self._exchangeCall.cancel()
+                self._exchangeCall = None
+            self.sendKexInit()
+        self._theirPayload = _NUMBER[conch.MSG_KEXINIT] + packet
+        assert self._ours is not None
+        agreement = kex.agree(theirs, self._ours)
+        self._agreement = agreement
+        self.kexAlg = agreement.method
+        self.keyAlg = agreement.host_key_algorithm
+        self._skipGuess = theirs.guessed and not kex.guess_was_right(theirs, self._ours)
+        self._enter(Phase.AGREED)
+
+    def _ssh_KEX_INIT(self, packet: bytes) -> None:
+        """The client's public key: answer with ours, prove who we are, and change keys."""
+        if self._skipGuess:
+            self._skipGuess = False
+            return
+        fields = Fields(packet, "key exchange message")
+        clientPublic = fields.string()
+        fields.end()
+        agreement = self._agreement
+        assert agreement is not None
+        serverPublic, secret = kex.respond(agreement.method, clientPublic)
+        blob, key = self.factory.hostKey(agreement.host_key_algorithm)
+        digest = kex.exchange_hash(
+            self.otherVersionString,
+            self.ourVersionString,
+            self._theirPayload,
+            self._ourPayload,
+            blob,
+            clientPublic,
+            serverPublic,
+            secret=secret,
+        )
+        first = self.sessionID is None
+        if first:
+            self.sessionID = digest
+            self.hostKeyBlob = blob
+        sessionID = self.sessionID
+        assert sessionID is not None
+        signature = key.sign(digest, signatureType=agreement.host_key_algorithm)
+        self._send(
+            _NUMBER[conch.MSG_KEXDH_REPLY], string(blob) + string(serverPublic) + string(signature)
+        )
+        self._send(_NUMBER[conch.MSG_NEWKEYS], b"")
+        outward = kex.key_material(secret, digest, sessionID, b"BDF")
+        inward = kex.key_material(secret, digest, sessionID, b"ACE")
+        self._outbound.newKeys(
+            ciphers.make_sealer(agreement.cipher_out, agreement.mac_out, outward), self._strict
+        )
+        self._nextOpener = ciphers.make_opener(agreement.cipher_in, agreement.mac_in, inward)
+        self._ourPayload = self._theirPayload = b""
+        self._phase = Phase.ANSWERED
+        if first:
+            self.sendExtInfo(
+                [
+                    (b"server-sig-algs", b",".join(SIGNATURE_ALGORITHMS)),
+                    (b"publickey-hostbound@openssh.com", b"0"),
+                    (b"ping@openssh.com", b"0"),
+                ]
+            )
+        held, self._held, self._heldBytes = self._held, [], 0
+        for number, payload in held:
+            self._send(_NUMBER[number], payload)
+        self._enter(Phase.ANSWERED)
+
+    def ssh_NEWKEYS(self, packet: bytes) -> None:
+        """The client's next packet is under the new keys."""
+        Fields(packet, "NEWKEYS").end()
+        assert self._nextOpener is not None
+        self._inbound.newKeys(self._nextOpener, self._strict)
+        self._nextOpener = None
+        self._keyed = True
+        if self._exchangeCall is not None:
+            self._exchangeCall.cancel()
+            self._exchangeCall = None
+        seconds = self.factory.limits.rekeyLimitSeconds
+        self._nextRekey = self.factory.reactor.seconds() + seconds if seconds else 0.0
+        self._enter(Phase.IDLE)
+
+    def _exchangeExceeded(self) -> None:
+        self._exchangeCall = None
+        self.sendDisconnect(DisconnectCode.KEY_EXCHANGE_FAILED, b"key exchange took too long")
+
+    # --- other messages of the transport -----------------------------------------------------
+
+    def ssh_DISCONNECT(self, packet: bytes) -> None:
+        """The client goes."""
+        fields = Fields(packet, "DISCONNECT")
+        code = fields.uint32()
+        description = fields.string()[:128].decode("utf-8", "backslashreplace")
+        if code == DisconnectCode.BY_APPLICATION and self._loggedIn:
+            self._log.debug("{peer}: disconnected by the client", peer=self.peerName())
+        else:
+            self._log.info(
+                "{peer}: disconnected by the client, code {code}, {text!r}",
+                peer=self.peerName(),
+                code=code,
+                text=description,
+            )
+        self._close()
+
+    def ssh_IGNORE(self, packet: bytes) -> None:
+        """Means nothing."""
+
+    def ssh_DEBUG(self, packet: bytes) -> None:
+        """Means nothing to us either."""
+
+    def ssh_UNIMPLEMENTED(self, packet: bytes) -> None:
+        """The client does not know something that we sent, and it can live without."""
+        fields = Fields(packet, "UNIMPLEMENTED")
+        fields.uint32()
+        fields.end()
+
+    def ssh_EXT_INFO(self, packet: bytes) -> None:
+        """What the client can do beside (RFC 8308)."""
+        fields = Fields(packet, "EXT_INFO")
+        count = fields.uint32()
+        if count > _MAXIMUM_EXTENSIONS:
+            raise ProtocolError("too many extensions")
+        self.peerExtensions = {fields.string(): fields.string() for _ in range(count)}
+        fields.end()
+
+    def _ssh_PING(self, packet: bytes) -> None:
+        """ping@openssh.com: the same string comes back."""
+        fields = Fields(packet, "PING")
+        data = fields.string()
+        fields.end()
+        self.sendPacket(MSG_PONG, string(data))
+
+    def ssh_SERVICE_REQUEST(self, packet: bytes) -> None:
+        """Authentication, before anything else; more of this is its business.
+
+        paramiko asks again before each attempt: that gets the same answer and the same service,
+        whose counters go on.
+        """
+        fields = Fields(packet, "SERVICE_REQUEST")
+        name = fields.string()
+        fields.end()
+        if self._loggedIn or name != b"ssh-userauth":
+            raise ProtocolError(
+                "service not available", DisconnectCode.SERVICE_NOT_AVAILABLE
+            )
+        self.sendPacket(conch.MSG_SERVICE_ACCEPT, string(name))
+        if self.service is None:
+            self.setService(self.factory.getService(self, name)())
+
+    def sendUnimplemented(self) -> None:
+        """Tell the client that we do not know its last message."""
+        sequence = (self._inbound.sequence - 1) & 0xFFFFFFFF
+        self.sendPacket(conch.MSG_UNIMPLEMENTED, struct.pack(">L", sequence))
+
+    # --- services ----------------------------------------------------------------------------
+
+    def setService(self, service: SSHService) -> None:
+        """Run ``service`` from now on, instead of what ran before."""
+        if self.service is not None:
+            self.service.serviceStopped()
+        self.service = service
+        service.transport = self
+        self._receive = service.packetReceived
+        service.serviceStarted()
+
+    def authenticated(
+        self, avatar: object, logout: Callable[[], None], service: SSHService
+    ) -> None:
+        """The client has proved who it is: ``service`` may start.
+
+        :param logout: called once when the connection is gone.
+        """
+        self.avatar = avatar
+        self.logoutFunction = logout
+        self._loggedIn = True
+        if self._graceCall is not None:
+            self._graceCall.cancel()
+            self._graceCall = None
+        self._inbound.limit = KNOWN_PEER_BYTES
+        self.factory.connectionAuthenticated(self)
+        self.sendPacket(MSG_USERAUTH_SUCCESS, b"")
+        self._enter(self._phase)
+        self.setService(service)
+
+    def _graceExceeded(self) -> None:
+        self._graceCall = None
+        self._offence = Offence.GRACE_EXCEEDED
+        self.sendDisconnect(DisconnectCode.BY_APPLICATION, b"login took too long")
+
+    # --- packets out -------------------------------------------------------------------------
+
+    def sendPacket(self, messageType: int, payload: bytes) -> None:
+        """Send a message, or hold it until the end of a key exchange."""
+        if self._phase in _BLOCKED_PHASES and messageType > conch.MSG_DEBUG:
+            self._hold(messageType, payload)
+        else:
+            self._send(_NUMBER[messageType], payload)
+
+    def sendChannelData(self, recipientChannel: int, data: bytes | memoryview) -> None:
+        """Send SSH_MSG_CHANNEL_DATA (RFC 4254 section 5.2); ``data`` is not kept.
+
+        :param recipientChannel: the client's number of the channel.
+        """
+        head = _pack_data(MSG_CHANNEL_DATA, recipientChannel, len(data))
+        if self._phase in _BLOCKED_PHASES:
+            self._hold(MSG_CHANNEL_DATA, head[1:] + bytes(data))
+        else:
+            self._send(head, data)
+
+    def sendChannelExtendedData(
+        self, recipientChannel: int, dataType: int, data: bytes | memoryview
+    ) -> None:
+        """Send SSH_MSG_CHANNEL_EXTENDED_DATA; as :meth:`sendChannelData`."""
+        number = MSG_CHANNEL_EXTENDED_DATA
+        head = _pack_extended(number, recipientChannel, dataType, len(data))
+        if self._phase in _BLOCKED_PHASES:
+            self._hold(number, head[1:] + bytes(data))
+        else:
+            self._send(head, data)
+
+    def _hold(self, number: int, payload: bytes) -> None:
+        if self._closing:
+            return
+        self._held.append((number, payload))
+        self._heldBytes += len(payload) + _HELD_OVERHEAD_BYTES
+        if self._heldBytes > _MAXIMUM_HELD_BYTES:
+            self._held = []
+            self.sendDisconnect(
+                DisconnectCode.PROTOCOL_ERROR, b"too many requests during a key exchange"
+            )
+
+    def _send(self, head: bytes, body: Data) -> None:
+        if self._closing:
+            return
+        pieces = self._outbound.seal(head, body)
+        if self._corked:
+            self._sealed += pieces
+            self._sealedBytes += len(body) + 32
+            if self._sealedBytes > _MAXIMUM_CORKED_BYTES:
+                self._flush()
+            return
+        if self._tcpFull:
+            self._countUntaken(len(body) + 32)
+        self.transport.writeSequence(pieces)
+
+    def _flush(self) -> None:
+        sealed, self._sealed = self._sealed, []
+        size, self._sealedBytes = self._sealedBytes, 0
+        if sealed:
+            if self._tcpFull:
+                self._countUntaken(size)
+            self.transport.writeSequence(sealed)
+
+    def _uncork(self) -> None:
+        self._corked = False
+        self._flush()
+
+    def _countUntaken(self, size: int) -> None:
+        """A peer that asks and asks, and takes no answer, is not read any more until it does."""
+        self._untakenBytes += size
+        if self._untakenBytes > _MAXIMUM_UNTAKEN_BYTES and not self._readingPaused:
+            self._readingPaused = True
+            self.transport.pauseProducing()
+
+    # --- flow control ------------------------------------------------------------------------
+
+    def isWritable(self) -> bool:
+        """Whether bulk may be sent now."""
+        return self._writable
+
+    def _updateWritable(self) -> None:
+        writable = not (self._tcpFull or self._closing or self._phase in _BLOCKED_PHASES)
+        if writable is self._writable:
+            return
+        self._writable = writable
+        name = "transportResumed" if writable else "transportPaused"
+        changed = getattr(self.service, name, None)
+        if changed is not None:
+            changed()
+
+    def pauseProducing(self) -> None:
+        """TCP holds enough."""
+        if not self._tcpFull:
+            self._tcpFull = True
+            self._updateWritable()
+
+    def resumeProducing(self) -> None:
+        """TCP has sent all that it held."""
+        self._tcpFull = False
+        self._untakenBytes = 0
+        if self._readingPaused:
+            self._readingPaused = False
+            self.transport.resumeProducing()
+        self._updateWritable()
+
+    def stopProducing(self) -> None:
+        """TCP is gone; :meth:`connectionLost` follows."""
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def sendDisconnect(self, reason: int, desc: bytes) -> None:
+        """End the connection: tell the peer why, and the log in one line."""
+        if self._closing:
+            return
+        self._log.info(
+            "{peer}: disconnected, {reason}",
+            peer=self.peerName(),
+            reason=desc.decode("utf-8", "backslashreplace"),
+        )
+        self._held = []
+        if self.gotVersion:
+            payload = struct.pack(">L", reason) + string(desc) + string(b"")
+            self._send(_NUMBER[conch.MSG_DISCONNECT], payload)
+            self._flush()
+        self._close()
+
+    def _close(self) -> None:
+        """Send what is left and close.
+
+        Only our half first: closing a socket that has unread data resets the connection, and the
+        peer would not see the reason that we sent.
+        """
+        self._closing = True
+        self._open = False
+        self._updateWritable()
+        self.transport.unregisterProducer()
+        if self._readingPaused:
+            self.transport.resumeProducing()
+        half = getattr(self.transport, "loseWriteConnection", self.transport.loseConnection)
+        half()
+        self._closeCall = self.factory.reactor.callLater(_CLOSE_SECONDS, self._cutOff)
+
+    def _cutOff(self) -> None:
+        self.transport.abortConnection()
+
+    def isEncrypted(self, direction: str = "out") -> bool:
+        """Whether the peer's (``in``), our (``out``) or ``both`` directions are under keys."""
+        out = not isinstance(self._outbound.sealer, ciphers.PlainSealer)
+        return {"in": self._keyed, "out": out, "both": self._keyed and out}[direction]
+
+    def isVerified(self, direction: str = "out") -> bool:
+        """As :meth:`isEncrypted`: there is no cipher here without integrity."""
+        return self.isEncrypted(direction)
+
+
+def _nothing() -> None:
+    pass
