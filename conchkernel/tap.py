@@ -14,7 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from twisted.cred.checkers import AllowAnonymousAccess, FilePasswordDB
+from twisted.cred.checkers import (
+    AllowAnonymousAccess,
+    FilePasswordDB,
+    InMemoryUsernamePasswordDatabaseDontUse,
+)
 from twisted.cred.credentials import IAnonymous, ISSHPrivateKey, IUsernamePassword
 from twisted.cred.portal import Portal
 from twisted.cred.strcred import AuthOptionMixin
@@ -29,7 +33,12 @@ from conchkernel.jupyter.backends import JupyterBackend
 from conchkernel.jupyter.urls import candidates
 from conchkernel.service import GatewayService
 from conchkernel.ssh import hostkeys
-from conchkernel.ssh.checkers import AnonymousOwnerChecker, AuthorizedKeysChecker, TokenChecker
+from conchkernel.ssh.checkers import (
+    AnonymousOwnerChecker,
+    AuthorizedKeysChecker,
+    TokenChecker,
+    truthful,
+)
 from conchkernel.ssh.factory import GatewayFactory
 from conchkernel.ssh.limits import Limits
 from conchkernel.ssh.sessions import ACCEPT_ENV
@@ -257,6 +266,9 @@ class Options(usage.Options, AuthOptionMixin):
         checker = self["credCheckers"][-1]
         if isinstance(checker, AllowAnonymousAccess):
             self["credCheckers"][-1] = AnonymousOwnerChecker()
+        elif isinstance(checker, InMemoryUsernamePasswordDatabaseDontUse):
+            # strcred's factory fills it with str, and its own lookup wants bytes.
+            checker.users = {_asBytes(name): _asBytes(word) for name, word in checker.users.items()}
         elif isinstance(checker, FilePasswordDB) and not os.path.isfile(checker.filename):
             raise usage.UsageError(f"--auth: there is no file {checker.filename}")
 
@@ -377,7 +389,7 @@ def _checkers(options: Options) -> Sequence[ICredentialsChecker]:
     if chosen:
         if any(isinstance(checker, AnonymousOwnerChecker) for checker in chosen):
             _log.warn("Anybody who can reach the port gets in: --auth anonymous")
-        return list(chosen)
+        return [truthful(checker) for checker in chosen]
     paths = options["authorized-keys"] or [Path.home() / ".ssh" / "authorized_keys"]
     checkers: list[Any] = [AuthorizedKeysChecker(paths)]
     token = candidates(options["url"])[0].token
@@ -401,8 +413,12 @@ def _endpoint(reactor: Any, description: str) -> Any:
 def _checkURL(text: str) -> None:
     try:
         candidates(text)
-    except ValueError as error:
-        raise usage.UsageError(f"--jupyter-url: {error}") from None
+    except ConfigurationError as error:
+        raise usage.UsageError(str(error)) from None
+
+
+def _asBytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 def _defaultStateDir() -> Path:

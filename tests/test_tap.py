@@ -106,7 +106,7 @@ def test_limitsBySshdsNames() -> None:
         (["--jupyter-url", ""], "which Jupyter"),
         (["--jupyter-url", URL, "--jupyter-url-file", "x"], "not both"),
         (["--jupyter-url-file", "/nonexistent/url"], "No such file"),
-        (["--jupyter-url", "ftp://127.0.0.1/?token=sesame"], "--jupyter-url: "),
+        (["--jupyter-url", "ftp://127.0.0.1/?token=sesame"], "the Jupyter URL"),
         (["--jupyter-url", URL, "--port", "65536"], "--port: '65536'"),
         (["--jupyter-url", URL, "--port", "ssh"], "--port: 'ssh'"),
         (["--jupyter-url", URL, "--kernel-per", "host"], "--kernel-per: 'host'"),
@@ -182,6 +182,8 @@ def test_authReplacesTheDefaults(cleanAccount: Path) -> None:
     users.write_text("ann:secret\n")
     checkers = tap._checkers(parse("--jupyter-url", URL, "--auth", f"file:{users}"))
     assert [type(one) for one in checkers] == [FilePasswordDB]
+    (checker,) = tap._checkers(parse("--jupyter-url", URL, "--auth", "memory:ann:secret"))
+    assert checker.users == {b"ann": b"secret"}  # type: ignore[attr-defined]
     checkers = tap._checkers(parse("--jupyter-url", URL, "--auth", "anonymous"))
     assert [type(one) for one in checkers] == [AnonymousOwnerChecker]
 
