@@ -389,13 +389,18 @@ class GatewayChannel(SSHChannel):
         limit = min(end, handed + cap)
         gained = limit - granted
         step = cap >> 3
-        if gained >= step or gained >= max(granted - handed, 1):
+        due = gained >= step or gained >= max(granted - handed, 1)
+        if due:
             self._granted = granted = limit
-            # Where handing on alone gains another step: never, if the window is the bound.
-            self._creditAt = granted - cap + step if end - granted >= step else sys.maxsize
-            grant(limit)
+        # Where handing on alone, without another word of the client, makes a grant due.
+        if end - granted >= step:
+            self._creditAt = granted - cap + step
+        elif end > granted:
+            self._creditAt = granted - (end - granted)
         else:
-            self._creditAt = granted - cap + step if end - granted >= step else sys.maxsize
+            self._creditAt = sys.maxsize
+        if due:
+            grant(limit)
 
     # --- requests ----------------------------------------------------------------------------
 
