@@ -17,6 +17,8 @@ setup(
             # Without a compiler the pure twin serves, with the same behaviour.
             optional=True,
             py_limited_api=abi3,
+            # What the stable ABI lacks must fail here and not when it is imported.
+            extra_compile_args=["-Werror=implicit-function-declaration"] if abi3 else [],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if abi3 else [],
         ),
     ],

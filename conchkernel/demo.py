@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,8 @@ DEFAULT_PORT = 2222
 #: Seconds for the Jupyter server to come up; a cold disk needs some.
 JUPYTER_TIME_LIMIT = 30.0
 
-#: Seconds for it to end its kernels and itself before it is killed.
-JUPYTER_STOP_LIMIT = 5.0
+#: Seconds for a child to end by itself before it is killed.
+STOP_LIMIT = 5.0
 
 #: Jupyter's configuration is a file and not arguments, for argv is public and holds no token.
 #: Its stdin is a pipe from us: when that closes, however we ended, the server ends too.
@@ -82,12 +83,22 @@ c.ServerApp.jpserver_extensions = {{"jupyter_server_terminals": False}}
 
 
 class _Child(ProcessProtocol):
-    """A process of ours; ``ended`` fires with its exit status, 128 + N for signal N."""
+    """A process of ours. Its status is as a shell has it: 128 + N where signal N ended it."""
 
     def __init__(self, log: Callable[[bytes], object] | None = None) -> None:
-        self.ended: Deferred[int] = Deferred()
         self.running = True
+        self._status = 0
+        self._waiting: list[Deferred[int]] = []
         self._log = log
+
+    def whenEnded(self) -> Deferred[int]:
+        """Fires with the status. Each caller has a Deferred of its own, and may cancel it."""
+        waiting: Deferred[int] = Deferred()
+        if self.running:
+            self._waiting.append(waiting)
+        else:
+            waiting.callback(self._status)
+        return waiting
 
     def outReceived(self, data: bytes) -> None:
         if self._log is not None:
@@ -98,7 +109,9 @@ class _Child(ProcessProtocol):
     def processEnded(self, reason: Failure) -> None:
         self.running = False
         value: Any = reason.value
-        self.ended.callback(128 + value.signal if value.signal else value.exitCode or 0)
+        self._status = 128 + value.signal if value.signal else value.exitCode or 0
+        for waiting in self._waiting:
+            waiting.callback(self._status)
 
     def kill(self, name: str) -> None:
         """Send a signal, if there is still somebody to take it."""
@@ -121,11 +134,12 @@ class Demo:
         self._reactor = reactor
         self._port = port
         self._command = command
-        self._service: GatewayService | None = None
-        self._jupyter: _Child | None = None
-        self._ssh: _Child | None = None
-        self._directory = Path(tempfile.mkdtemp(prefix="conchkernel-demo-"))
-        self._log = open(self._directory / "jupyter.log", "wb", buffering=0)  # noqa: SIM115
+        self._begun = AsyncExitStack()
+        self._directory = Path(
+            self._begun.enter_context(tempfile.TemporaryDirectory(prefix="conchkernel-demo-"))
+        )
+        log = open(self._directory / "jupyter.log", "wb", buffering=0)  # noqa: SIM115
+        self._log = self._begun.enter_context(log)
 
     async def run(self, say: Callable[[str], object]) -> int | None:
         """Start everything; then run the command, if there is one, and return its status.
@@ -138,12 +152,13 @@ class Demo:
         await self._startGateway(url)
         if self._command is None:
             return None
-        self._ssh = _Child()
         arguments = [*self.sshCommand("-F", "none", "-o", "BatchMode=yes"), self._command]
-        self._reactor.spawnProcess(
-            self._ssh, arguments[0], arguments, env=None, childFDs={0: 0, 1: 1, 2: 2}
-        )
-        return await self._ssh.ended
+        ssh = self._spawn(_Child(), arguments, env=None, childFDs={0: 0, 1: 1, 2: 2})
+        return await ssh.whenEnded()
+
+    async def stop(self) -> None:
+        """Undo what was begun, in reverse order."""
+        await self._begun.aclose()
 
     def sshCommand(self, *options: str) -> list[str]:
         """The ssh command for this gateway, with ``options`` before its destination."""
@@ -169,12 +184,11 @@ class Demo:
             "JUPYTER_CONFIG_DIR": str(self._directory / "config"),
             "JUPYTER_RUNTIME_DIR": str(runtime),
         }
-        self._jupyter = _Child(self._log.write)
         arguments = [sys.executable, "-m", "jupyter_server", f"--config={config}"]
-        self._reactor.spawnProcess(self._jupyter, arguments[0], arguments, env=environment)
+        jupyter = self._spawn(_Child(self._log.write), arguments, env=environment)
         deadline = self._reactor.seconds() + JUPYTER_TIME_LIMIT
         while True:
-            if not self._jupyter.running or self._reactor.seconds() > deadline:
+            if not jupyter.running or self._reactor.seconds() > deadline:
                 raise ConfigurationError(f"Jupyter did not start: {self._lastWords()}")
             for file in runtime.glob("jpserver-*.json"):
                 try:
@@ -182,6 +196,20 @@ class Demo:
                 except ValueError:
                     pass  # half written
             await deferLater(self._reactor, 0.05)
+
+    def _spawn(self, child: _Child, arguments: list[str], **options: Any) -> _Child:
+        self._reactor.spawnProcess(child, arguments[0], arguments, **options)
+        self._begun.push_async_callback(self._end, child)
+        return child
+
+    async def _end(self, child: _Child) -> None:
+        if not child.running:
+            return
+        child.kill("TERM")
+        kill = self._reactor.callLater(STOP_LIMIT, child.kill, "KILL")
+        await child.whenEnded()
+        if kill.active():
+            kill.cancel()
 
     def _lastWords(self) -> str:
         lines = (self._directory / "jupyter.log").read_text(errors="replace").split("\n")
@@ -197,16 +225,17 @@ class Demo:
             Portal(KernelRealm(backend), [checker]), [hostKey], reactor=self._reactor
         )
         endpoint = TCP4ServerEndpoint(self._reactor, self._port, interface="127.0.0.1")
-        self._service = GatewayService(
+        service = GatewayService(
             self._reactor, backend, factory, [(f"127.0.0.1 port {self._port}", endpoint)]
         )
-        started = self._service.whenStarted()
-        self._service.startService()
+        self._begun.push_async_callback(service.stopService)
+        started = service.whenStarted()
+        service.startService()
         try:
             await started
         except ConfigurationError as error:
             raise ConfigurationError(f"{error} Try --port 0, which takes a free one.") from None
-        self._port = self._service.ports[0].getHost().port  # type: ignore[attr-defined]
+        self._port = service.ports[0].getHost().port  # type: ignore[attr-defined]
         host = "127.0.0.1" if self._port == 22 else f"[127.0.0.1]:{self._port}"
         public = hostKey.public().toString("OPENSSH")
         (self._directory / "known_hosts").write_bytes(b"%s %s\n" % (host.encode(), public))
@@ -251,24 +280,6 @@ class Demo:
         except (OSError, TimeoutError):
             return b""
         return output if output.startswith((b"ssh-", b"ecdsa-", b"sk-")) else b""
-
-    async def stop(self) -> None:
-        """End what runs, in the order that lets each take leave, and remove the directory."""
-        try:
-            if self._ssh is not None and self._ssh.running:
-                self._ssh.kill("TERM")
-                await self._ssh.ended
-            if self._service is not None:
-                await self._service.stopService()
-            if self._jupyter is not None and self._jupyter.running:
-                self._jupyter.kill("TERM")
-                kill = self._reactor.callLater(JUPYTER_STOP_LIMIT, self._jupyter.kill, "KILL")
-                await self._jupyter.ended
-                if kill.active():
-                    kill.cancel()
-        finally:
-            self._log.close()
-            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def main(*, port: int | None, command: str | None, verbose: bool = False) -> int:
@@ -321,7 +332,7 @@ def main(*, port: int | None, command: str | None, verbose: bool = False) -> int
     def failed(failure: Failure) -> None:
         nonlocal status
         if failure.check(CancelledError) is not None:
-            return  # by begin's counterpart, end
+            return  # by end
         if failure.check(ConchKernelError) is None:
             failure.printTraceback()
         status = _complain(failure.getErrorMessage())
@@ -337,10 +348,14 @@ def main(*, port: int | None, command: str | None, verbose: bool = False) -> int
             running.cancel()
         await demo.stop()
 
+    def catchSignals() -> None:
+        # The reactor's own handlers complain about the second Ctrl-C, and know no closed terminal.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: reactor.callFromThread(_stop, reactor))
+
+    reactor.callWhenRunning(catchSignals)
     reactor.callWhenRunning(begin)
     reactor.addSystemEventTrigger("before", "shutdown", lambda: Deferred.fromCoroutine(end()))
-    # A closed terminal is a Ctrl-C too.
-    signal.signal(signal.SIGHUP, lambda *_: reactor.callFromThread(_stop, reactor))
     reactor.run()
     return status
 
