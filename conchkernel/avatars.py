@@ -79,6 +79,9 @@ class KernelAvatar(ConchUser):
         if self._link is not None:
             waiting.callback(self._link)
             return waiting
+        if self._loggedOut:
+            waiting.cancel()
+            return waiting
         self._waiting.append(waiting)
         self._connect()
         return waiting
@@ -129,7 +132,8 @@ class KernelAvatar(ConchUser):
             deferred.errback(reason)
 
     def _forget(self, waiting: Deferred[IKernelLink]) -> None:
-        self._waiting.remove(waiting)
+        if waiting in self._waiting:
+            self._waiting.remove(waiting)
 
     # --- what a client may ask for -----------------------------------------------------------
 
