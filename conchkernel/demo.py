@@ -179,10 +179,13 @@ class Demo:
         config.touch(mode=0o600)
         config.write_text(text, encoding="utf-8")
         runtime = self._directory / "runtime"
+        # Neither the account's configuration in, nor Jupyter's and IPython's files out.
         environment = {
             **os.environ,
             "JUPYTER_CONFIG_DIR": str(self._directory / "config"),
+            "JUPYTER_DATA_DIR": str(self._directory / "data"),
             "JUPYTER_RUNTIME_DIR": str(runtime),
+            "IPYTHONDIR": str(self._directory / "ipython"),
         }
         arguments = [sys.executable, "-m", "jupyter_server", f"--config={config}"]
         jupyter = self._spawn(_Child(self._log.write), arguments, env=environment)

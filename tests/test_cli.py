@@ -44,7 +44,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     for process in left:
         process.kill()
     assert not told
-    assert not list((tmp_path / "tmp").iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
 
 
 def _belongs(process: psutil.Process, directory: Path) -> bool:
