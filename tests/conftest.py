@@ -7,7 +7,15 @@ failure has seen half of what happened.
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from twisted.logger import globalLogPublisher
@@ -56,3 +64,62 @@ def loggedFailures() -> Iterator[LoggedFailures]:
             "\n".join(["failures were logged:", *(one.getTraceback() for one in unheard)]),
             pytrace=False,
         )
+
+
+@dataclass(frozen=True)
+class LocalJupyter:
+    """A real Jupyter server on loopback, of the packages that the tests run with."""
+
+    base: str
+    token: str
+    root: Path
+
+    @property
+    def url(self) -> str:
+        """What its log shows, and people paste."""
+        return f"{self.base}?token={self.token}"
+
+    def ask(self, path: str) -> Any:
+        """The answer of its REST API to a GET."""
+        request = urllib.request.Request(
+            self.base + path, headers={"Authorization": f"token {self.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="session")
+def localJupyter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalJupyter]:
+    """One server for the whole run: a test must leave it as it was."""
+    from conchkernel.demo import JUPYTER_CONFIG
+
+    directory = tmp_path_factory.mktemp("jupyter")
+    root = directory / "root"
+    root.mkdir()
+    token = "sesame"
+    config = directory / "jupyter_server_config.py"
+    config.write_text(JUPYTER_CONFIG.format(token=token, root=str(root)))
+    places = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+    }
+    with (directory / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyter_server", f"--config={config}"],
+            env={**os.environ, **{name: str(directory / word) for name, word in places.items()}},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        while not (found := list(directory.glob("runtime/jpserver-*.json"))):
+            assert server.poll() is None, (directory / "log").read_text()
+            time.sleep(0.05)
+        yield LocalJupyter(json.loads(found[0].read_bytes())["url"], token, root)
+    finally:
+        server.terminate()
+        server.wait()
+        if server.stdin is not None:
+            server.stdin.close()

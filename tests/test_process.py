@@ -7,9 +7,15 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import LocalJupyter
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,17 +34,22 @@ def runner(request: pytest.FixtureRequest) -> list[str]:
     return [str(Path(sys.executable).with_name(name)), *options, "conchkernel"]
 
 
+def environment(directory: Path) -> dict[str, str]:
+    """A clean account."""
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(directory),
+        "PYTHONPATH": str(ROOT),
+        "LC_ALL": "C.UTF-8",
+    }
+
+
 def run(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run in a clean account in ``directory``; the issue's 30 s are all it may take."""
     return subprocess.run(
         command,
         cwd=directory,
-        env={
-            "PATH": os.environ["PATH"],
-            "HOME": str(directory),
-            "PYTHONPATH": str(ROOT),
-            "LC_ALL": "C.UTF-8",
-        },
+        env=environment(directory),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -103,6 +114,53 @@ def test_portTaken(tmp_path: Path, runner: list[str]) -> None:
             *("--jupyter-url", f"http://127.0.0.1:{closedPort()}/?token=sesame", "--port", port),
         )
     assertFailedInOneLine(tmp_path, result, port, "in use")
+
+
+def test_tokenRefused(tmp_path: Path, runner: list[str], localJupyter: LocalJupyter) -> None:
+    """A token that Jupyter does not take is told as such."""
+    url = f"{localJupyter.base}?token=not-sesame"
+    result = run(tmp_path, *runner, "--jupyter-url", url, "--port", "0")
+    assertFailedInOneLine(tmp_path, result, "token")
+    assert not localJupyter.ask("api/kernels")
+
+
+def test_runsUntilTold(tmp_path: Path, runner: list[str], localJupyter: LocalJupyter) -> None:
+    """It runs with a kernel started ahead, until SIGTERM; then nothing is left, and nothing that
+    was logged on the way has the token."""
+    port = closedPort()
+    log = tmp_path / "gateway.log"
+    daemon = "-n" not in runner and Path(runner[0]).name != "twist"
+    with log.open("ab") as output:
+        gateway = subprocess.Popen(
+            [*runner, "--port", str(port), "--log-level", "debug"],
+            cwd=tmp_path,
+            env={**environment(tmp_path), "CONCHKERNEL_JUPYTER_URL": localJupyter.url},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    process = psutil.Process(gateway.pid)
+    if daemon:
+        assert gateway.wait() == 0, log.read_text()
+        process = psutil.Process(int((tmp_path / "twistd.pid").read_text()))
+    try:
+        while "Ready" not in log.read_text():
+            assert process.is_running(), log.read_text()
+            assert daemon or gateway.poll() is None, log.read_text()
+            time.sleep(0.05)
+        assert len(localJupyter.ask("api/kernels")) == 1
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            assert client.recv(8) == b"SSH-2.0-"
+    finally:
+        process.terminate()
+        process.wait(timeout=15)
+    assert not localJupyter.ask("api/kernels")
+    assert not localJupyter.ask("api/sessions")
+    assert not list(localJupyter.root.iterdir())
+    assert not (tmp_path / "twistd.pid").exists()
+    said = log.read_text()
+    assert localJupyter.token not in said
+    assert "Traceback" not in said
 
 
 def test_helpAndVersion(tmp_path: Path, runner: list[str]) -> None:
