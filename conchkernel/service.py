@@ -210,6 +210,8 @@ class GatewayService(Service):
             )
         except JupyterError as error:
             self._log.warn("Jupyter was left untidy: {reason}", reason=str(error))
+        except Exception:  # a defect; whoever stops us has more to stop
+            self._log.failure("Stopping the backend")
 
 
 def _reason(error: CannotListenError | OSError) -> str:

@@ -28,14 +28,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the joints
     "avatars": {"errors", "interfaces", "ssh"},
     "sftp": {"errors", "interfaces", "ssh"},
+    # a backend without Jupyter, on the kernel column's own link
+    "loopback": {"errors", "interfaces", "wire", "remote", "jupyter", "_fastpty"},
     # the public test kit
     "testing": {"errors", "interfaces", "wire", "remote", "avatars", "ssh", "jupyter"},
     # the edges
     "service": {"errors"},
-    "tap": {"", "errors", "service", "avatars", "ssh", "jupyter"},
+    "tap": {"errors", "service", "avatars", "ssh", "jupyter"},
     "process": {"errors", "service", "tap"},
     "demo": {"errors", "service", "avatars", "ssh", "jupyter"},
-    "cli": {"", "demo"},
+    "cli": {"demo"},
     "": {"errors", "service", "avatars", "ssh", "jupyter"},
 }
 
@@ -71,8 +73,13 @@ def importsOf(path: Path) -> list[tuple[str, int]]:
             base = package[: len(package) + 1 - node.level] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
             if name == "conchkernel" or name in ("twisted.internet", "conchkernel.remote"):
-                # `from package import module` names the module, unless it is a plain name.
-                found += [(_resolve(name, alias.name), node.lineno) for alias in node.names]
+                # `from package import module` names the module, unless it is a plain name. The
+                # version is everybody's.
+                found += [
+                    (_resolve(name, alias.name), node.lineno)
+                    for alias in node.names
+                    if alias.name != "__version__"
+                ]
             else:
                 found.append((name, node.lineno))
     return found
