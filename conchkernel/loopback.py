@@ -133,6 +133,7 @@ class LoopbackBackend:
     """One agent on this host, shared by every user.
 
     :param orphanTimeout: seconds after which the agent of a dead gateway ends.
+    :param compiled: whether the agent takes the compiled pump, where there is one.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class LoopbackBackend:
         orphanTimeout: float = 120.0,
         pathPrefix: str = "",
         survivalSeconds: float = 60.0,
+        compiled: bool = True,
     ) -> None:
         self._reactor = reactor
         self._secret = secrets.token_hex(32)
@@ -155,6 +157,7 @@ class LoopbackBackend:
             "orphan_timeout": orphanTimeout,
             "version": injection.version(),
         }
+        self._fastpty = _fastpty() if compiled else None
         self._path = ""
         self.carrier: SocketCarrier | None = None
         self.link = Link(
@@ -182,7 +185,7 @@ class LoopbackBackend:
             "path": self._path,
             "secret": self._secret,
             "options": self._options,
-            "fastpty": _fastpty(),
+            "fastpty": self._fastpty,
             **injection.agent_sources(),
         }
         environment = {

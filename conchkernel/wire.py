@@ -4,8 +4,9 @@ Two layers. Underneath, one resumable byte stream each way, cut into messages th
 offsets. On top, frames that multiplex streams with credit. The gateway and the agent run this same
 file (it is sent to the kernel's host), so it imports the standard library only.
 
-It refuses to know sockets, clocks and processes: messages go in by :meth:`Endpoint.receive` and come
-out by :meth:`Endpoint.next_message`, the time is a parameter, and what happens is told to receivers.
+It refuses to know sockets, clocks and processes: messages go in by :meth:`Endpoint.receive` and
+come out by :meth:`Endpoint.next_message`, the time is a parameter, and what happens is told to
+receivers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import json
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing import Protocol
 
-    Buffer = Union[bytes, bytearray, memoryview]
+    Buffer = bytes | bytearray | memoryview
     Frames = list[Buffer]
 
     class Receiver(Protocol):
@@ -123,8 +124,8 @@ class Stream:
     """One stream of an :class:`Endpoint`: what it may send, what it lets the peer send."""
 
     __slots__ = (
-        "_cap", "_endpoint", "_granted", "_mark", "_mark_time", "_queue", "_ready", "closed", "id",
-        "limit", "queued", "received", "receiver", "sent",
+        "_cap", "_ceiling", "_endpoint", "_granted", "_mark", "_mark_time", "_queue", "_ready",
+        "closed", "id", "limit", "queued", "received", "receiver", "sent",
     )  # fmt: skip
 
     def __init__(
@@ -146,6 +147,7 @@ class Stream:
         self._queue: deque[tuple[int | None, Buffer]] = deque()  # flags, None for a raw frame
         self._ready = False
         self._granted = granted
+        self._ceiling = granted
         self._cap = CAP_FLOOR
         self._mark = 0
         self._mark_time: float | None = None
@@ -161,7 +163,7 @@ class Stream:
         return self._cap
 
     def write(self, data: Buffer, flags: int = 0) -> None:
-        """Queue DATA; ``data`` is kept. The caller bounds the queue by looking at :attr:`queued`."""
+        """Queue DATA; ``data`` is kept. The caller bounds the queue (see :attr:`queued`)."""
         if data and not self.closed:
             self._queue.append((flags, data))
             self.queued += len(data)
@@ -188,12 +190,13 @@ class Stream:
             self._forget()
 
     def grant(self, limit: int) -> None:
-        """Let the peer send up to byte ``limit``, or up to the cap, whichever is lower."""
-        allowed = self.received + self._cap
-        limit = min(limit, allowed)
+        """Let the peer send up to byte ``limit``; the cap keeps it from all of that at once."""
+        self._ceiling = limit
+        limit = min(limit, self.received + self._cap)
         fresh = limit - self._granted
+        half = self._cap >> 1
         # Few large steps: a CREDIT costs a message on the carrier.
-        if fresh > 0 and (fresh >= self._cap >> 1 or self._granted - self.received < self._cap >> 1):
+        if fresh > 0 and (fresh >= half or self._granted - self.received < half):
             self._granted = limit
             self.control(CREDIT, U64.pack(limit))
 
@@ -217,6 +220,8 @@ class Stream:
         self.received += count
         if self.received > self._granted:
             raise WireViolation(f"stream {self.id} sent beyond its credit")
+        if self._ceiling > self._granted:
+            self.grant(self._ceiling)
         if self._mark_time is None:
             self._mark, self._mark_time = self.received, now
             return

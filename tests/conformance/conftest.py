@@ -1,0 +1,44 @@
+"""The backends on which the behavioural suite runs: the agent alone, and every Jupyter stack."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+
+from conchkernel.jupyter.backends import JupyterBackend
+from conchkernel.loopback import LoopbackBackend
+
+STACKS: list = []
+
+LOOPBACK = ["loopback-pure", "loopback-compiled"]
+
+
+@pytest.fixture(params=[*LOOPBACK, *STACKS], scope="module")
+def backend(request, tmp_path_factory):
+    """A started backend; one for a module's tests, as one gateway serves many sessions."""
+    name = request.param
+    if name in LOOPBACK:
+        made = LoopbackBackend(
+            reactor,
+            environment=dict(os.environ, CONCHKERNEL_TEST="yes"),
+            compiled=name == "loopback-compiled",
+        )
+    else:
+        server = request.getfixturevalue(f"jupyter_{name}")
+        state = tmp_path_factory.mktemp("state")
+        made = JupyterBackend(reactor, f"{server.url}/?token={server.token}", state_dir=state)
+    pytest_twisted.blockon(Deferred.fromCoroutine(made.start()))
+    yield made
+    pytest_twisted.blockon(Deferred.fromCoroutine(made.stop()))
+
+
+@pytest.fixture
+def link(backend):
+    """One use of the backend's kernel."""
+    use = pytest_twisted.blockon(backend.connect("owner"))
+    yield use
+    use.release()
