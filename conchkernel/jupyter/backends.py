@@ -24,7 +24,7 @@ from conchkernel.errors import ConfigurationError, JupyterError, LinkLost
 from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
 from conchkernel.jupyter.kernel import KernelRoad
 from conchkernel.jupyter.link import KernelStream, Link
-from conchkernel.jupyter.proxy import make_agent
+from conchkernel.jupyter.proxy import RoadAgent, make_agent
 from conchkernel.jupyter.rest import JupyterClient, discover
 
 _IDENTITY = "identity"
@@ -214,6 +214,7 @@ class JupyterBackend:
         self._caFile = ca_file
         self._orphanTimeout = orphan_timeout
         self._prestart = prestart
+        self._agent: RoadAgent | None = None
         self._client: JupyterClient | None = None
         self._identity = b""
         self._kernels: dict[str, UserKernel] = {}
@@ -227,8 +228,9 @@ class JupyterBackend:
         """
         self._identity = identity(self._stateDir)
         if self._client is None:
-            agent = make_agent(self.reactor, self._caFile)
-            self._client = await discover(self.reactor, self._urlText, agent=agent)
+            if self._agent is None:
+                self._agent = make_agent(self.reactor, self._caFile)
+            self._client = await discover(self.reactor, self._urlText, agent=self._agent)
         if self._prestart is not None:
             await self._kernel(self._prestart).ready()
 
@@ -239,9 +241,10 @@ class JupyterBackend:
         endings = [Deferred.fromCoroutine(self.ended(user)) for user in self._ending]
         endings += [Deferred.fromCoroutine(kernel.stop()) for kernel in kernels.values()]
         await DeferredList(endings, consumeErrors=True)
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close()
+        self._client = None
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            await agent.close()
 
     def connect(self, user: str) -> Deferred[IKernelLink]:
         """See :class:`IBackend`."""

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from conchkernel import wire
-from conchkernel.errors import JupyterError, KernelRefused, KernelUnsupported, LinkLost
+from conchkernel.errors import KernelUnsupported, LinkLost
 from conchkernel.jupyter import injection
 from conchkernel.jupyter.channels import KernelChannels, connect_channels
 
 if TYPE_CHECKING:
     from conchkernel.jupyter.link import CarrierUser
-    from conchkernel.jupyter.rest import JupyterClient
+    from conchkernel.jupyter.rest import JupyterClient, KernelModel
 
 #: A kernel on a busy host may take this long to answer its first request.
 KERNEL_SECONDS = 60.0
@@ -77,9 +76,8 @@ class KernelCarrier:
         elif self._user is not None:
             self._user.received(message)
 
-    def lost(self, reason: Any) -> None:
+    def lost(self, error: Exception) -> None:
         """The WebSocket is gone."""
-        error = reason.value if isinstance(reason, Failure) else reason
         started, self._started = self._started, None
         if started is not None:
             started.errback(Failure(error))
@@ -108,8 +106,8 @@ class KernelCarrier:
             kernel_id,
             on_carrier=self.received,
             on_lost=self.lost,
-            on_resumed=self.resumed,
         )
+        channels.on_resumed = self.resumed
         self._channels = channels
         info = await channels.request("shell", "kernel_info_request", {}, KERNEL_SECONDS)
         language = (info.get("language_info") or {}).get("name")
@@ -122,7 +120,8 @@ class KernelCarrier:
             "shell", "execute_request", injection.injection(), KERNEL_SECONDS
         )
         injection.check(reply)
-        self._started = started = Deferred()
+        started: Deferred[dict[str, Any]] = Deferred()
+        self._started = started
         started.addTimeout(START_SECONDS, reactor)
         channels.send_carrier([bytes([wire.START]) + json.dumps(start).encode()])
         try:
@@ -153,8 +152,6 @@ class KernelRoad:
     :param agentId: 16 hex digits, by which the relay finds the agent again.
     :param memory: a file that remembers the id of a kernel whose id the server chose.
     """
-
-    _log = Logger()
 
     def __init__(
         self,
@@ -207,17 +204,14 @@ class KernelRoad:
         self._kernel = kernel.id
         return kernel.id
 
-    async def _sessionKernel(self, unwanted: Any) -> Any:
-        path = f"conchkernel-{self._start['id']}"
-        try:
-            session = await self._client.create_session(path, self._kernelName)
-        except JupyterError:
-            # No sessions here (a kernel gateway): keep the kernel and remember it.
-            self._remember(unwanted.id)
-            return unwanted
-        self._sessionId = session.session_id
+    async def _sessionKernel(self, unwanted: KernelModel) -> KernelModel:
         await self._client.delete_kernel(unwanted.id)
-        return session
+        path = f"conchkernel-{self._start['id']}"
+        kernel = await self._client.create_session(path, self._kernelName)
+        self._sessionId = kernel.session
+        if kernel.session is None:
+            self._remember(kernel.id)
+        return kernel
 
     def _remembered(self) -> str | None:
         try:
@@ -239,8 +233,5 @@ class KernelRoad:
         self._memory.unlink(missing_ok=True)
         if session is not None:
             await self._client.delete_session(session)
-        if kernel is not None:
-            try:
-                await self._client.delete_kernel(kernel)
-            except KernelRefused:
-                self._log.debug("the kernel was gone already")
+        elif kernel is not None:
+            await self._client.delete_kernel(kernel)

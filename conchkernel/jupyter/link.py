@@ -388,7 +388,8 @@ class Link:
         """
         others = -1
         if self._state is _State.ATTACHED and self._carrier is not None:
-            self._farewell = farewell = Deferred()
+            farewell: Deferred[int] = Deferred()
+            self._farewell = farewell
             farewell.addTimeout(FAREWELL_SECONDS, self._reactor)
             self._endpoint.control(wire.GOODBYE, 0)
             self._flush()

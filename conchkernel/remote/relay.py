@@ -11,6 +11,8 @@ One file, standard library only, any Python from 3.8. It lives in ``sys.modules`
 from __future__ import annotations
 
 import hmac
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -51,6 +53,7 @@ class Relay:
 
     def __init__(self, kernel: Any, sources: dict[str, Any], version: str) -> None:
         self.version = version
+        self._zmq: Any = importlib.import_module("zmq")  # the kernel's own
         self._kernel = kernel
         self._sources = sources
         self._stream = kernel.control_stream
@@ -63,8 +66,8 @@ class Relay:
         self._nonce = os.urandom(8).hex()
         date = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
         self._header = (
-            '{"msg_id":"%s-%%d","msg_type":"conchkernel","username":"kernel","session":"%s",'
-            '"date":"%s","version":"5.3"}' % (self._nonce, self._nonce, date)  # noqa: UP031
+            f'","msg_type":"conchkernel","username":"kernel","session":"{self._nonce}",'
+            f'"date":"{date}","version":"5.3"}}'
         )
 
     # --- the control stream ------------------------------------------------------------------
@@ -85,13 +88,11 @@ class Relay:
         """The control stream's callback, in the dispatcher's place."""
         if not self._ours(frames):
             return self._pass_on(frames)
-        import zmq
-
         # The stream would give one message per turn of its loop; take what is there already.
         for _ in range(BURST):
             try:
-                more = self._stream.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.ZMQError:
+                more = self._stream.socket.recv_multipart(self._zmq.NOBLOCK, copy=False)
+            except self._zmq.ZMQError:
                 break
             if not self._ours(more):
                 return self._pass_on(more)
@@ -140,25 +141,21 @@ class Relay:
 
     def tell(self, identity: bytes, message: Any) -> None:
         """Send a message to a client of the control channel. On the control loop's thread."""
-        import zmq
-
         self._sent += 1
-        header = (self._header % self._sent).encode()
+        header = f'{{"msg_id":"{self._nonce}-{self._sent}{self._header}'.encode()
         parts = [header, b"{}", b"{}", b"{}"]
         signature = self._session.sign(parts)
         try:
             self._stream.socket.send_multipart(
-                [identity, _DELIMITER, signature, *parts, message], zmq.NOBLOCK
+                [identity, _DELIMITER, signature, *parts, message], self._zmq.NOBLOCK
             )
-        except zmq.ZMQError:
+        except self._zmq.ZMQError:
             pass  # that client is gone; what it lacks it will ask for again
 
     def told(self) -> None:
         """After :meth:`tell` outside a receive event: sending may have eaten the edge of one."""
-        import zmq
-
-        if self._stream.socket.EVENTS & zmq.POLLIN:
-            self._loop.add_callback(self._stream.flush, zmq.POLLIN, BURST)
+        if self._stream.socket.EVENTS & self._zmq.POLLIN:
+            self._loop.add_callback(self._stream.flush, self._zmq.POLLIN, BURST)
 
     # --- the agent ---------------------------------------------------------------------------
 
@@ -387,8 +384,6 @@ def _environment() -> dict[str, str]:
 def _find_fastpty() -> str | None:
     """The compiled pump, where conchkernel happens to be installed in the kernel's Python."""
     try:
-        import importlib.util
-
         spec = importlib.util.find_spec("conchkernel._fastpty")
     except (ImportError, ValueError, AttributeError):
         return None
