@@ -175,31 +175,41 @@ class MemoryStream:
         if self._delivering:
             return
         self._delivering = True
-        while self._output and not self.closed:
-            kind, data = self._output.popleft()
-            if isinstance(data, bytes):
-                room = self.limit - self.sent
-                if len(data) > room:
-                    self._output.appendleft((kind, data[room:]))
-                    data = data[:room]
-                if not data:
-                    break
-                self.sent += len(data)
-                if kind == "data":
-                    self.receiver.streamData(data)
+        try:
+            while not self.closed:
+                if self._output:
+                    if not self._deliverNext():
+                        break
                 else:
-                    self.receiver.streamExtendedData(data)
-            elif kind == "eof":
-                self.receiver.streamEOF()
-            elif kind == "exit":
-                self.receiver.streamExited(data)
+                    self.onDrained()
+                    if not self._output:
+                        break
+        finally:
+            self._delivering = False
+
+    def _deliverNext(self) -> bool:
+        kind, data = self._output.popleft()
+        if isinstance(data, bytes):
+            room = self.limit - self.sent
+            if len(data) > room:
+                self._output.appendleft((kind, data[room:]))
+                data = data[:room]
+            if not data:
+                return False
+            self.sent += len(data)
+            if kind == "data":
+                self.receiver.streamData(data)
             else:
-                self.closed = True
-                self._output.clear()
-                self.receiver.streamClosed(data)
-        self._delivering = False
-        if not self._output and not self.closed:
-            self.onDrained()
+                self.receiver.streamExtendedData(data)
+        elif kind == "eof":
+            self.receiver.streamEOF()
+        elif kind == "exit":
+            self.receiver.streamExited(data)
+        else:
+            self.closed = True
+            self._output.clear()
+            self.receiver.streamClosed(data)
+        return True
 
 
 @implementer(IKernelLink)

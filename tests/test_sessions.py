@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 import struct
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import pytest_twisted
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from twisted.conch.ssh.keys import Key
+from twisted.cred.portal import Portal
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol
 
-from conchkernel.avatars import KernelAvatar
+from conchkernel.avatars import KernelAvatar, KernelRealm
 from conchkernel.errors import (
     JupyterUnreachable,
     LinkLost,
@@ -14,9 +24,17 @@ from conchkernel.errors import (
     StreamRefused,
 )
 from conchkernel.interfaces import ExitSignal, ExitStatus, PtyRequest, WindowSize
+from conchkernel.ssh.checkers import AnonymousOwnerChecker
+from conchkernel.ssh.factory import GatewayFactory
 from conchkernel.ssh.fields import string
 from conchkernel.ssh.sessions import MAX_ENV_BYTES, MAX_ENV_VARIABLES, SessionChannel
 from conchkernel.testing import ClientChannel, MemoryBackend, MemoryClient, MemoryStream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from twisted.python.failure import Failure
 
 SIZE = struct.pack(">4L", 100, 40, 800, 600)
 PTY = string(b"xterm-256color") + SIZE + string(b"\x03\0\0\0\x7f\x35\0\0\0\x01\0")
@@ -462,3 +480,138 @@ def test_oneChannelsEndIsNotTheOthers(rig: Rig) -> None:
     assert [bytes(channel.output) for channel in channels] == [
         b"" if number in (3, 5, 7) else b"%d" % number for number in range(10)
     ]
+
+
+# --- with the real client --------------------------------------------------------------------
+
+BULK = random.Random(5).randbytes(8 * 1024 * 1024)
+
+
+def _program(stream: MemoryStream) -> None:
+    """What the commands of these tests do."""
+    stream.opened(pid=1)
+    words = (stream.request.command or b"").split()
+    if words[0] == b"download":
+        for start in range(0, len(BULK), 99_991):
+            stream.put(BULK[start : start + 99_991])
+        stream.end()
+    elif words[0] == b"upload":
+        stream.onInput = lambda: stream.take() and None
+        stream.onInputEOF = lambda: (
+            stream.put(hashlib.sha256(stream.received).hexdigest().encode()),
+            stream.end(),
+        )  # type: ignore[assignment,func-returns-value]
+    elif words[0] == b"exit":
+        stream.put(b"out\n")
+        stream.putError(b"err\n")
+        stream.end(ExitStatus(int(words[1])))
+    elif words[0] == b"lose":
+        stream.onDrained = lambda: stream.lose(LinkLost("The road is cut."))
+        stream.put(b"out\n")
+    elif words[0] == b"wait":
+        stream.onInputEOF = stream.end
+        stream.put(b"ready")
+
+
+class _Ssh(ProcessProtocol):
+    """One run of the ssh client; without ``stdin`` it is left open."""
+
+    transport: Any
+
+    def __init__(self, stdin: bytes | None) -> None:
+        self.answered: Deferred[None] = Deferred()
+        self.done: Deferred[tuple[bytes, bytes, int | None]] = Deferred()
+        self._stdin = stdin
+        self._out = {1: bytearray(), 2: bytearray()}
+
+    def connectionMade(self) -> None:
+        if self._stdin is not None:
+            self.transport.write(self._stdin)
+            self.transport.closeStdin()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        self._out[childFD] += data
+        if not self.answered.called:
+            self.answered.callback(None)
+
+    def processEnded(self, reason: Failure) -> None:
+        code = reason.value.exitCode  # type: ignore[attr-defined]
+        self.done.callback((bytes(self._out[1]), bytes(self._out[2]), code))
+
+
+class Gateway:
+    """A gateway whose processes are scripted, and the command line that leads there."""
+
+    def __init__(self, home: Path, port: int) -> None:
+        options = (
+            "StrictHostKeyChecking=no", f"UserKnownHostsFile={home}/known", "LogLevel=ERROR",
+            f"ControlPath={home}/control", "ControlPersist=no", "BatchMode=yes",
+        )  # fmt: skip
+        self._command = ["ssh", "-F", "none", "-p", str(port)]
+        for option in options:
+            self._command += ["-o", option]
+        self._environment = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+
+    def start(
+        self, command: str, stdin: bytes | None = b"", options: tuple[str, ...] = ()
+    ) -> _Ssh:
+        """Start a command."""
+        run = _Ssh(stdin)
+        words = [*self._command, *options, "joe@127.0.0.1", command]
+        reactor.spawnProcess(run, "ssh", words, self._environment)  # type: ignore[attr-defined]
+        return run
+
+    def ssh(
+        self, command: str, stdin: bytes = b"", options: tuple[str, ...] = ()
+    ) -> Deferred[tuple[bytes, bytes, int | None]]:
+        """Run a command; its stdout, stderr and status."""
+        return self.start(command, stdin, options).done
+
+
+@pytest_twisted.async_yield_fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    """A gateway on a free port, for whoever comes."""
+    portal = Portal(KernelRealm(MemoryBackend(_program)), [AnonymousOwnerChecker()])
+    factory = GatewayFactory(portal, [Key(Ed25519PrivateKey.generate())], reactor=reactor)
+    port = reactor.listenTCP(0, factory, interface="127.0.0.1")  # type: ignore[attr-defined]
+    yield Gateway(tmp_path, port.getHost().port)
+    await port.stopListening()
+
+
+@pytest_twisted.ensureDeferred
+async def test_sshTellsHowItEnded(gateway: Gateway) -> None:
+    """Output, errors and status as the process gave them."""
+    assert await gateway.ssh("exit 7") == (b"out\n", b"err\n", 7)
+
+
+@pytest_twisted.ensureDeferred
+async def test_sshOverALostRoad(gateway: Gateway) -> None:
+    """The output so far, a sentence, and 255."""
+    assert await gateway.ssh("lose") == (b"out\n", b"conchkernel: The road is cut.\r\n", 255)
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "RekeyLimit=1M")])
+@pytest_twisted.ensureDeferred
+async def test_sshCarriesEveryByte(gateway: Gateway, options: tuple[str, ...]) -> None:
+    """Bulk both ways is the same at the other end, also while keys change."""
+    out, _, status = await gateway.ssh("download", options=options)
+    assert (hashlib.sha256(out).digest(), status) == (hashlib.sha256(BULK).digest(), 0)
+    out, _, status = await gateway.ssh("upload", stdin=BULK, options=options)
+    assert (out.decode(), status) == (hashlib.sha256(BULK).hexdigest(), 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_sshWithManyChannels(gateway: Gateway) -> None:
+    """Sessions over one ControlMaster run at once, do not mix, and end apart."""
+    master = gateway.start("wait", stdin=None, options=("-M",))
+    await master.answered
+    runs = [gateway.ssh("download") for _ in range(3)]
+    runs += [gateway.ssh("upload", stdin=BULK) for _ in range(3)]
+    runs += [gateway.ssh(f"exit {status}") for status in range(3)]
+    results = [await run for run in runs]
+    digest = hashlib.sha256(BULK)
+    assert all(hashlib.sha256(out).digest() == digest.digest() for out, _, _ in results[:3])
+    assert [out.decode() for out, _, _ in results[3:6]] == [digest.hexdigest()] * 3
+    assert [status for _, _, status in results] == [0] * 6 + [0, 1, 2]
+    master.transport.closeStdin()
+    assert (await master.done)[2] == 0

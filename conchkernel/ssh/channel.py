@@ -338,20 +338,21 @@ class GatewayChannel(SSHChannel):
         offset = self._offset
         left = len(data) - offset
         room = min(self.remoteWindowLeft, self.remoteMaxPacket)
+        piece: bytes | bytearray | memoryview
         if left <= room:
             size = left
             queue.popleft()
             self._offset = 0
-            piece = bytes(data[offset:] if offset else data)
+            piece = memoryview(data)[offset:] if offset else data
         elif room <= 0:
             return False
         else:
             size = room
             if type(data) is bytearray:
-                # From here on nothing is joined to it: its offset would be lost.
+                # From here on nothing is joined to it: a view of it does not let it grow.
                 data = bytes(data)
                 queue[0] = (kind, data)
-            piece = bytes(data[offset : offset + room])
+            piece = memoryview(data)[offset : offset + room]
             self._offset = offset + room
         self.remoteWindowLeft -= size
         self._handed += size

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from conchkernel.ssh.channel import GatewayChannel
+    from conchkernel.ssh.ciphers import Data
 
 _TWO = struct.Struct(">2L")
 _THREE = struct.Struct(">3L")
@@ -34,12 +35,13 @@ class Outlet:
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
-        #: Sends one DATA packet: (recipient, bytes). The window is the caller's business.
-        self.sendData: Callable[[int, bytes], None] = getattr(
+        #: Sends one DATA packet: (recipient, bytes), which are not kept. The window is the
+        #: caller's business.
+        self.sendData: Callable[[int, Data], None] = getattr(
             transport, "sendChannelData", self._sendData
         )
         #: Sends one EXTENDED_DATA packet: (recipient, type, bytes).
-        self.sendExtendedData: Callable[[int, int, bytes], None] = getattr(
+        self.sendExtendedData: Callable[[int, int, Data], None] = getattr(
             transport, "sendChannelExtendedData", self._sendExtendedData
         )
         isWritable = getattr(transport, "isWritable", None)
@@ -116,10 +118,10 @@ class Outlet:
                 self._log.failure("channel {id} could not send", id=channel.id)
                 channel.abortConnection()
 
-    def _sendData(self, recipient: int, data: bytes) -> None:
+    def _sendData(self, recipient: int, data: Data) -> None:
         self._transport.sendPacket(MSG_CHANNEL_DATA, _TWO.pack(recipient, len(data)) + data)
 
-    def _sendExtendedData(self, recipient: int, dataType: int, data: bytes) -> None:
+    def _sendExtendedData(self, recipient: int, dataType: int, data: Data) -> None:
         self._transport.sendPacket(
             MSG_CHANNEL_EXTENDED_DATA, _THREE.pack(recipient, dataType, len(data)) + data
         )
