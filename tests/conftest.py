@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from twisted.logger import LogEvent
     from twisted.python.failure import Failure
 
+#: Servers of other ages and kinds than the one that is installed beside us.
+pytest_plugins = ("tests.jupyters",)
+
 
 class LoggedFailures:
     """The failures that were logged during a test."""
