@@ -717,6 +717,10 @@ class GatewayTransport(SSHServerTransport):
             self._flush()
         self._close()
 
+    def isClosing(self) -> bool:
+        """Whether the end has begun: nothing is sent or heard any more."""
+        return self._closing
+
     def _close(self) -> None:
         """Send what is left and close.
 

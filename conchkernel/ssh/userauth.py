@@ -131,6 +131,9 @@ class GatewayUserAuth(SSHUserAuthServer):
             if waiting is not None:
                 waiting.cancel()
 
+    def _isOver(self) -> bool:
+        return self._over or self.transport.isClosing()
+
     # --- one request at a time ---------------------------------------------------------------
 
     def packetReceived(self, messageNum: int, packet: bytes) -> None:
@@ -156,7 +159,7 @@ class GatewayUserAuth(SSHUserAuthServer):
             self.transport.sendUnimplemented()
 
     def _serve(self) -> None:
-        while self._waiting and not self._serving and not self._over:
+        while self._waiting and not self._serving and not self._isOver():
             self._serving = True
             served = Deferred.fromCoroutine(self._answer(self._waiting.popleft()))
             served.addCallback(lambda _: self._serve())
@@ -347,7 +350,7 @@ class GatewayUserAuth(SSHUserAuthServer):
     async def _login(self, credentials: object, request: _Request) -> None:
         """Ask the portal, and hand the connection over where it says yes."""
         _, avatar, logout = await self.portal.login(credentials, None, IConchUser)
-        if self._over:
+        if self._isOver():
             logout()
             return
         service = self.transport.factory.services[_NEXT_SERVICE]()
