@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.utils import getProcessOutputAndValue
+
+if TYPE_CHECKING:
+    from tests.conftest import LocalJupyter
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,3 +51,68 @@ def test_makeTargetsExist() -> None:
     }
     assert used == {"demo", "test"}
     assert used <= targets
+
+
+def shown(path: Path) -> dict[str, Any]:
+    """What the Python blocks of a file define, one after another."""
+    names: dict[str, Any] = {}
+    for block in blocks(path, "python"):
+        exec(compile(block, str(path), "exec"), names)
+    return names
+
+
+def sshKey(directory: Path) -> tuple[Path, Path]:
+    """A new client key: the private file, and one that authorizes it."""
+    private = directory / "id"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", private], check=True)
+    return private, private.with_suffix(".pub")
+
+
+async def sshSays(port: int, key: Path, command: str) -> tuple[bytes, bytes, int]:
+    """What a command says through the real client, and its status."""
+    arguments = [
+        *("-F", "none", "-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"),
+        *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"),
+        *("-o", "LogLevel=ERROR", "-p", str(port), "anybody@127.0.0.1", command),
+    ]
+    return await getProcessOutputAndValue("/usr/bin/env", ["ssh", *arguments], os.environ)
+
+
+@pytest_twisted.ensureDeferred
+async def test_embeddingExample(tmp_path: Path, localJupyter: LocalJupyter) -> None:
+    """The guide's lines make a gateway that lets its owner in, and take it away again."""
+    names = shown(ROOT / "docs" / "embedding.md")
+    private, authorized = sshKey(tmp_path)
+    endpoint = serverFromString(reactor, "tcp:0:interface=127.0.0.1")
+    backend, port = await names["serveKernels"](
+        reactor, localJupyter.url, tmp_path / "state", authorized, endpoint
+    )
+    try:
+        said = await sshSays(port.getHost().port, private, "echo here; exit 3")
+        assert said == (b"here\n", b"", 3)
+    finally:
+        await names["stopServing"](backend, port)
+    assert not localJupyter.ask("api/kernels")
+
+
+@pytest_twisted.ensureDeferred
+async def test_serviceExample(tmp_path: Path, localJupyter: LocalJupyter) -> None:
+    """So does the service of the guide, which owns both."""
+    names = shown(ROOT / "docs" / "embedding.md")
+    private, authorized = sshKey(tmp_path)
+    backend = names["JupyterBackend"](reactor, localJupyter.url, state_dir=tmp_path / "state")
+    portal = names["Portal"](
+        names["KernelRealm"](backend), [names["AuthorizedKeysChecker"]([authorized])]
+    )
+    hostKey = names["hostkeys"].loadOrCreate(tmp_path / "state")
+    factory = names["GatewayFactory"](portal, [hostKey], reactor=reactor)
+    endpoint = serverFromString(reactor, "tcp:0:interface=127.0.0.1")
+    service = names["makeGateway"](reactor, backend, factory, endpoint)
+    service.startService()
+    try:
+        await service.whenStarted()
+        (port,) = service.ports
+        assert await sshSays(port.getHost().port, private, "true") == (b"", b"", 0)
+    finally:
+        await service.stopService()
+    assert not localJupyter.ask("api/kernels")
