@@ -203,6 +203,7 @@ class GatewayUserAuth(SSHUserAuthServer):
             self._sendFailure(partial=True)
         except _Abandoned:
             self._count(request, "abandoned")
+            self._checkTries()
         except (KeyRefused, LoginFailed, UnauthorizedLogin) as error:
             # Only ours are sentences about the peer; a checker's text may say anything.
             why = str(error) if isinstance(error, KeyRefused) else "not accepted"
@@ -215,7 +216,11 @@ class GatewayUserAuth(SSHUserAuthServer):
             await self._refuse(request, "could not be checked", started)
 
     async def _refuse(self, request: _Request, why: str, started: float) -> None:
-        """Say no, not before it is due."""
+        """Say no, not before it is due.
+
+        The failure stands at once: who does not wait for the answer has failed all the same.
+        """
+        self._count(request, why)
         unit = 0.0
         if request.method in (b"password", b"keyboard-interactive"):
             unit = self.passwordDelay
@@ -228,11 +233,11 @@ class GatewayUserAuth(SSHUserAuthServer):
                 await self._pause
             finally:
                 self._pause = None
-        self._count(request, why)
+        self._checkTries()
         self._sendFailure(partial=False)
 
     def _count(self, request: _Request, why: str) -> None:
-        """One more failure; the last one ends the connection."""
+        """One more failure."""
         if request.method == b"none" and self._requests == 1:
             return  # How every client asks what there is.
         self._failures += 1
@@ -244,6 +249,9 @@ class GatewayUserAuth(SSHUserAuthServer):
             user=request.user[:64].decode("utf-8", "backslashreplace"),
             why=why,
         )
+
+    def _checkTries(self) -> None:
+        """The last failure allowed ends the connection."""
         if self._failures >= self._limits.maxAuthTries:
             raise ProtocolError(
                 "too many authentication failures", DisconnectCode.NO_MORE_AUTH_METHODS_AVAILABLE
