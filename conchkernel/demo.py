@@ -313,7 +313,7 @@ def main(*, port: int | None, command: str | None, verbose: bool = False) -> int
     )
     if port is None:
         port = DEFAULT_PORT if command is None else 0
-    console = Console(stderr=True, quiet=command is not None and not verbose)
+    console = Console(stderr=True, highlight=False, quiet=command is not None and not verbose)
     demo = Demo(reactor, port, command)
     status = 0
     running: Deferred[None] | None = None
