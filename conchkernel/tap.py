@@ -1,4 +1,4 @@
-"""From a command line to a service: every option, what it may be, and how the parts are joined.
+"""From options to a service: how the parts of a gateway are joined.
 
 The module that names both columns. What it makes never ends a process; :mod:`conchkernel.process`
 does that for the runners, and ``docs/embedding.md`` joins the parts without any command line.
@@ -6,333 +6,39 @@ does that for the runners, and ``docs/embedding.md`` joins the parts without any
 
 from __future__ import annotations
 
-import ipaddress
-import math
-import os
-import re
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from twisted.cred.checkers import (
-    AllowAnonymousAccess,
-    FilePasswordDB,
-    InMemoryUsernamePasswordDatabaseDontUse,
-)
-from twisted.cred.credentials import IAnonymous, ISSHPrivateKey, IUsernamePassword
+from twisted.cred.credentials import IAnonymous
 from twisted.cred.portal import Portal
-from twisted.cred.strcred import AuthOptionMixin
 from twisted.internet.endpoints import serverFromString
-from twisted.logger import InvalidLogLevelError, Logger, LogLevel
-from twisted.python import usage
+from twisted.logger import Logger
 
-from conchkernel import __version__
 from conchkernel.avatars import KernelRealm
 from conchkernel.errors import ConfigurationError
 from conchkernel.jupyter.backends import JupyterBackend
 from conchkernel.jupyter.urls import candidates
+from conchkernel.options import Options
 from conchkernel.service import GatewayService
 from conchkernel.ssh import hostkeys
 from conchkernel.ssh.checkers import (
+    OWNER,
     AnonymousOwnerChecker,
     AuthorizedKeysChecker,
     TokenChecker,
     truthful,
 )
 from conchkernel.ssh.factory import GatewayFactory
-from conchkernel.ssh.limits import Limits
 from conchkernel.ssh.sessions import ACCEPT_ENV
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from twisted.cred.checkers import ICredentialsChecker
 
+__all__ = ["Options", "makeService"]
+
 _log = Logger()
-
-#: Where a gateway listens if it is not told: OpenSSH's alternative port, this host only.
-DEFAULT_PORT = 2222
-
-URL_VARIABLE = "CONCHKERNEL_JUPYTER_URL"
-
-
-class _Value:
-    """Judges one option's text, and names the option when it is no good."""
-
-    def __init__(self, option: str, judge: Callable[[str], Any]) -> None:
-        self._option = option
-        self._judge = judge
-
-    def __call__(self, text: str) -> Any:
-        try:
-            return self._judge(text)
-        except ValueError as error:
-            raise usage.UsageError(f"--{self._option}: {error}") from None
-
-
-def _wholeNumber(least: int, most: float = math.inf) -> Callable[[str], int]:
-    def judge(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
-            span = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise ValueError(f"{text!r} is not a whole number {span}")
-        return int(text)
-
-    return judge
-
-
-def _scaled(units: dict[str, int], what: str) -> Callable[[str], float]:
-    """Numbers with a unit behind them, as sshd_config(5) has them: ``90``, ``2m``, ``1G``."""
-
-    def judge(text: str) -> float:
-        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
-        unit = units.get(match[2].lower()) if match else None
-        if match is None or unit is None:
-            raise ValueError(f"{text!r} is not {what}")
-        return float(match[1]) * unit
-
-    return judge
-
-
-_seconds = _scaled({"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}, "a time such as 90 or 2m")
-_bytes = _scaled({"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}, "a size such as 512M or 1G")
-
-
-def _startups(text: str) -> tuple[int, int, int]:
-    """MaxStartups of sshd: ``START:RATE:FULL``, or ``FULL`` alone."""
-    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,3}):([0-9]{1,6}))?", text)
-    if match is not None:
-        start, rate, full = int(match[1]), int(match[2] or 100), int(match[3] or match[1])
-        if 1 <= start <= full and 1 <= rate <= 100:
-            return start, rate, full
-    raise ValueError(f"{text!r} is not START:RATE:FULL, such as 10:30:100")
-
-
-def _rekey(text: str) -> tuple[int, float]:
-    """RekeyLimit of sshd: a size and perhaps a time."""
-    size, _, time = text.partition(" ")
-    most = int(_bytes(size))
-    if most < 1 << 20:
-        raise ValueError(f"{size!r} is less than 1M")
-    return most, _seconds(time) if time else Limits().rekeyLimitSeconds
-
-
-def _oneOf(*words: str) -> Callable[[str], str]:
-    def judge(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"{text!r} is none of {', '.join(words)}")
-        return text
-
-    return judge
-
-
-def _helpText(option: Callable[..., None]) -> Callable[..., None]:
-    """Let ``--help`` fill the lines of a docstring, which it prints with its indentation."""
-    option.__doc__ = " ".join((option.__doc__ or "").split())
-    return option
-
-
-#: Options that are limits of the SSH side, by sshd's names: the fields of :class:`Limits` that the
-#: value fills, what judges it, and the description.
-_LIMITS: dict[str, tuple[tuple[str, ...], Callable[[str], Any], str]] = {
-    "login-grace-time": (
-        ("loginGraceTime",),
-        _seconds,
-        "Time that a client has to log in; 0 is for ever. (default: 2m)",
-    ),
-    "max-auth-tries": (
-        ("maxAuthTries",),
-        _wholeNumber(1),
-        "Failed attempts after which a connection is closed. (default: 6)",
-    ),
-    "max-startups": (
-        ("maxStartups",),
-        _startups,
-        "Connections not logged in: from START on, RATE percent are refused, and all from FULL "
-        "on. (default: 10:30:100)",
-    ),
-    "max-sessions": (
-        ("maxSessions",),
-        _wholeNumber(1),
-        "Sessions that one connection may have open. (default: 10)",
-    ),
-    "client-alive-interval": (
-        ("clientAliveInterval",),
-        _seconds,
-        "Silence after which a client is asked whether it is there; 0 never asks. (default: 0)",
-    ),
-    "client-alive-count-max": (
-        ("clientAliveCountMax",),
-        _wholeNumber(1),
-        "Questions without an answer after which a client is given up. (default: 3)",
-    ),
-    "rekey-limit": (
-        ("rekeyLimitBytes", "rekeyLimitSeconds"),
-        _rekey,
-        "Bytes, and perhaps a time, after which keys are made anew. (default: '1G 1h')",
-    ),
-}
-
-
-class Options(usage.Options, AuthOptionMixin):
-    """What ``twistd conchkernel`` understands.
-
-    :raises twisted.python.usage.UsageError: from ``parseOptions``, with one line; it never holds
-        the token.
-    """
-
-    synopsis = "[options]"
-    longdesc = (
-        "Lets any SSH client into the machine where a Jupyter kernel runs, with nothing installed "
-        "there. By default it listens on 127.0.0.1:2222, lets in the keys of "
-        "~/.ssh/authorized_keys and takes the Jupyter token as password."
-    )
-    supportedInterfaces = (IUsernamePassword, ISSHPrivateKey, IAnonymous)
-
-    optParameters = [  # noqa: RUF012 - usage.Options reads it per class
-        ["jupyter-url", "u", None, "The Jupyter server, as its own page or log shows it; "
-         f"better in the environment as {URL_VARIABLE} if it holds a token."],
-        ["jupyter-url-file", None, None, "A file whose first line is that URL."],
-        ["jupyter-ca", None, None, "PEM file of the authority that signed Jupyter's certificate."],
-        ["state-dir", None, None, "Where the host key is kept "
-         "(default: $XDG_STATE_HOME/conchkernel or ~/.local/state/conchkernel)."],
-        ["kernel-name", None, None, "Kernel spec to start (default: the server's own)."],
-        ["kernel-per", None, "user", "Who shares a kernel: all connections of a 'user', or each "
-         "'connection' has its own.", _Value("kernel-per", _oneOf("user", "connection"))],
-        ["shell", None, None, "Shell on the kernel's host (default: its account's login shell)."],
-        ["working-dir", None, None, "Where shells and commands start "
-         "(default: Jupyter's root directory)."],
-        ["orphan-timeout", None, 120.0, "Time that shells survive a gateway that has died.",
-         _Value("orphan-timeout", _seconds)],
-        ["log-level", None, "info", "Least level that is logged: debug, info, warn, error or "
-         "critical."],
-        *[[name, None, None, description, _Value(name, judge)]
-          for name, (_, judge, description) in _LIMITS.items()],
-    ]  # fmt: skip
-
-    optFlags = [  # noqa: RUF012
-        ["wait-for-jupyter", None, "Keep trying while Jupyter cannot be used, instead of giving "
-         "up at the start."],
-        ["i-know-this-is-open", None, "Let --auth anonymous listen on other than loopback."],
-    ]  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("listen", "host-key", "authorized-keys", "accept-env"):
-            self[name] = []
-
-    @_helpText
-    def opt_listen(self, description: str) -> None:
-        """Where to listen, as a Twisted endpoint; may be given more than once.
-        (default: tcp:2222:interface=127.0.0.1)
-        """
-        self["listen"].append(description)
-
-    def opt_port(self, text: str) -> None:
-        """Short for --listen tcp:PORT:interface=127.0.0.1; 0 takes a free one."""
-        port = _Value("port", _wholeNumber(0, 65535))(text)
-        self["listen"].append(f"tcp:{port}:interface=127.0.0.1")
-
-    opt_p = opt_port
-
-    @_helpText
-    def opt_host_key(self, path: str) -> None:
-        """Private host key file; may be given more than once.
-        (default: an ed25519 key in the state directory, made at the first start)
-        """
-        self["host-key"].append(Path(path).absolute())
-
-    @_helpText
-    def opt_authorized_keys(self, path: str) -> None:
-        """File of public keys that may log in; may be given more than once.
-        (default: ~/.ssh/authorized_keys)
-        """
-        self["authorized-keys"].append(Path(path).absolute())
-
-    @_helpText
-    def opt_accept_env(self, pattern: str) -> None:
-        """Variable, or pattern such as MY_*, that clients may set; may be given more than once.
-        (LANG, LC_* and COLORTERM always may)
-        """
-        if not re.fullmatch(r"[A-Za-z0-9_*?]+", pattern):
-            raise usage.UsageError(f"--accept-env: {pattern!r} is not a variable's name")
-        self["accept-env"].append(pattern)
-
-    @_helpText
-    def opt_auth(self, description: str) -> None:
-        """Who gets in, by a checker of Twisted's or another package's instead of the default
-        keys and token; may be given more than once. See --help-auth.
-        """
-        super().opt_auth(description)
-        checker = self["credCheckers"][-1]
-        if isinstance(checker, AllowAnonymousAccess):
-            self["credCheckers"][-1] = AnonymousOwnerChecker()
-        elif isinstance(checker, InMemoryUsernamePasswordDatabaseDontUse):
-            # strcred's factory fills it with str, and its own lookup wants bytes.
-            checker.users = {_asBytes(name): _asBytes(word) for name, word in checker.users.items()}
-        elif isinstance(checker, FilePasswordDB) and not os.path.isfile(checker.filename):
-            raise usage.UsageError(f"--auth: there is no file {checker.filename}")
-
-    def parseArgs(self, *arguments: str) -> None:
-        """There are none; what is there is not repeated, for it may be a URL with its token."""
-        if arguments:
-            raise usage.UsageError("a value without an option; a URL goes after --jupyter-url")
-
-    def opt_version(self) -> NoReturn:
-        """Display version and exit."""
-        sys.stdout.write(f"conchkernel {__version__}\n")
-        sys.exit(0)
-
-    def postOptions(self) -> None:
-        """What can be judged without touching the network, Jupyter or the state directory."""
-        self["url"] = self._findURL()
-        _checkURL(self["url"])
-        if not self["listen"]:
-            self.opt_port(str(DEFAULT_PORT))
-        try:
-            self["level"] = LogLevel.levelWithName(self["log-level"])
-        except InvalidLogLevelError:
-            raise usage.UsageError(
-                f"--log-level: {self['log-level']!r} is none of debug, info, warn, error, critical"
-            ) from None
-        for name in ("jupyter-ca", "jupyter-url-file", "state-dir"):
-            if self[name] is not None:
-                self[name] = Path(self[name]).absolute()
-        self["state-dir"] = self["state-dir"] or _defaultStateDir()
-        for path in (self["jupyter-ca"], *self["host-key"], *self["authorized-keys"]):
-            if path is not None and not path.is_file():
-                raise usage.UsageError(f"there is no file {path}")
-        self._checkOpenness()
-
-    def _findURL(self) -> str:
-        url, path = self["jupyter-url"], self["jupyter-url-file"]
-        if url is not None and path is not None:
-            raise usage.UsageError("give --jupyter-url or --jupyter-url-file, not both")
-        if path is not None:
-            try:
-                text = Path(path).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "it is not text"
-                raise usage.UsageError(f"--jupyter-url-file: {path}: {reason}") from None
-            url = text.strip().split("\n", 1)[0]
-            if not url:
-                raise usage.UsageError(f"--jupyter-url-file: {path} is empty")
-        if url is None:
-            url = os.environ.get(URL_VARIABLE)
-        if not url or not url.strip():
-            raise usage.UsageError(
-                f"which Jupyter? Give its URL with --jupyter-url, or in {URL_VARIABLE}"
-            )
-        return str(url).strip()
-
-    def _checkOpenness(self) -> None:
-        if not any(isinstance(it, AnonymousOwnerChecker) for it in self.get("credCheckers", ())):
-            return
-        for description in self["listen"]:
-            if not _staysOnThisHost(description) and not self["i-know-this-is-open"]:
-                raise usage.UsageError(
-                    f"--auth anonymous on {description} would let the whole network in; "
-                    "listen on 127.0.0.1, or add --i-know-this-is-open"
-                )
 
 
 def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
@@ -356,6 +62,7 @@ def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
         working_dir=options["working-dir"],
         ca_file=options["jupyter-ca"],
         orphan_timeout=options["orphan-timeout"],
+        prestart=OWNER if _hasOneKernel(options) else None,
     )
     realm = KernelRealm(
         backend,
@@ -366,7 +73,7 @@ def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
         Portal(realm, _checkers(options)),
         keys,
         reactor=reactor,
-        limits=_limits(options),
+        limits=options.limits(),
     )
     for key in keys:
         _log.info("Host key {fingerprint}", fingerprint=hostkeys.fingerprint(key))
@@ -375,19 +82,10 @@ def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
     )
 
 
-def _limits(options: Options) -> Limits:
-    given: dict[str, Any] = {}
-    for name, (fields, _, _) in _LIMITS.items():
-        value = options[name]
-        if value is not None:
-            given.update(zip(fields, value if len(fields) > 1 else [value], strict=True))
-    return Limits(**given)
-
-
 def _checkers(options: Options) -> Sequence[ICredentialsChecker]:
     chosen = options.get("credCheckers")
     if chosen:
-        if any(isinstance(checker, AnonymousOwnerChecker) for checker in chosen):
+        if any(IAnonymous in checker.credentialInterfaces for checker in chosen):
             _log.warn("Anybody who can reach the port gets in: --auth anonymous")
         return [truthful(checker) for checker in chosen]
     paths = options["authorized-keys"] or [Path.home() / ".ssh" / "authorized_keys"]
@@ -410,37 +108,8 @@ def _endpoint(reactor: Any, description: str) -> Any:
         raise ConfigurationError(f"--listen {description}: {error}") from error
 
 
-def _checkURL(text: str) -> None:
-    try:
-        candidates(text)
-    except ConfigurationError as error:
-        raise usage.UsageError(str(error)) from None
-
-
-def _asBytes(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else text
-
-
-def _defaultStateDir() -> Path:
-    home = os.environ.get("XDG_STATE_HOME", "")
-    # The specification says to ignore a relative path.
-    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
-    return base / "conchkernel"
-
-
-def _staysOnThisHost(description: str) -> bool:
-    """Whether an endpoint is known to take connections from this host only."""
-    kind, *arguments = re.split(r"(?<!\\):", description)
-    if kind == "haproxy" and arguments:
-        kind, *arguments = arguments
-    if kind == "unix":
-        return True
-    if kind not in ("tcp", "tcp6"):
-        return False
-    named = dict(part.split("=", 1) for part in arguments if "=" in part)
-    positional = [part for part in arguments if "=" not in part]
-    interface = named.get("interface", positional[1] if len(positional) > 1 else "")
-    try:
-        return ipaddress.ip_address(interface.replace("\\", "")).is_loopback
-    except ValueError:
-        return False
+def _hasOneKernel(options: Options) -> bool:
+    """Whether everybody shares one kernel, so that it is known which to start ahead."""
+    chosen = options.get("credCheckers", ())
+    owned = all(isinstance(checker, AnonymousOwnerChecker) for checker in chosen)
+    return owned and options["kernel-per"] == "user"

@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"errors", "interfaces", "wire", "remote", "avatars", "ssh", "jupyter"},
     # the edges
     "service": {"errors"},
-    "tap": {"errors", "service", "avatars", "ssh", "jupyter"},
+    "options": {"errors", "ssh", "jupyter"},
+    "tap": {"errors", "options", "service", "avatars", "ssh", "jupyter"},
     "process": {"errors", "service", "tap"},
     "demo": {"errors", "service", "avatars", "ssh", "jupyter"},
     "cli": {"demo"},

@@ -15,6 +15,7 @@ from zope.interface.verify import verifyObject
 
 from conchkernel import tap
 from conchkernel.errors import ConfigurationError
+from conchkernel.options import _LIMITS, URL_VARIABLE
 from conchkernel.ssh.checkers import AnonymousOwnerChecker, AuthorizedKeysChecker, TokenChecker
 from conchkernel.ssh.limits import Limits
 
@@ -26,7 +27,7 @@ def cleanAccount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home with nothing in it, and no gateway variables."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
-    monkeypatch.delenv(tap.URL_VARIABLE, raising=False)
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
     return tmp_path
 
 
@@ -45,14 +46,14 @@ def test_defaults(cleanAccount: Path) -> None:
     assert options["state-dir"] == cleanAccount / ".local" / "state" / "conchkernel"
     assert options["kernel-per"] == "user"
     assert options["orphan-timeout"] == 120
-    assert tap._limits(options) == Limits()
+    assert options.limits() == Limits()
 
 
 def test_describedDefaultsAreTrue() -> None:
     """What ``--help`` calls the default of a limit is its default."""
-    for name, (fields, judge, description) in tap._LIMITS.items():
+    for name, (fields, judge, description) in _LIMITS.items():
         told = description.rpartition("(default: ")[2].rstrip(")").strip("'")
-        assert tap._limits(parse("--jupyter-url", URL, f"--{name}", told)) == Limits(), name
+        assert parse("--jupyter-url", URL, f"--{name}", told).limits() == Limits(), name
         assert fields
         assert judge
 
@@ -67,7 +68,7 @@ def test_stateDirFollowsTheSpecification(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_urlFromTheEnvironment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment keeps a token out of argv; an option outweighs it."""
-    monkeypatch.setenv(tap.URL_VARIABLE, URL)
+    monkeypatch.setenv(URL_VARIABLE, URL)
     assert parse()["url"] == URL
     assert parse("--jupyter-url", "http://127.0.0.1:9/")["url"] == "http://127.0.0.1:9/"
 
@@ -91,7 +92,7 @@ def test_limitsBySshdsNames() -> None:
         *("--jupyter-url", URL, "--login-grace-time", "2m", "--max-startups", "5"),
         *("--rekey-limit", "512M 30m", "--client-alive-interval", "1.5"),
     )
-    limits = tap._limits(options)
+    limits = options.limits()
     assert limits.loginGraceTime == 120
     assert limits.maxStartups == (5, 100, 5)
     assert (limits.rekeyLimitBytes, limits.rekeyLimitSeconds) == (512 << 20, 1800)
@@ -186,6 +187,17 @@ def test_authReplacesTheDefaults(cleanAccount: Path) -> None:
     assert checker.users == {b"ann": b"secret"}  # type: ignore[attr-defined]
     checkers = tap._checkers(parse("--jupyter-url", URL, "--auth", "anonymous"))
     assert [type(one) for one in checkers] == [AnonymousOwnerChecker]
+
+
+def test_startsAheadWhatEverybodyShares() -> None:
+    """A kernel is started ahead where it is known whose it will be."""
+    for more, known in (
+        ([], True),
+        (["--auth", "anonymous"], True),
+        (["--auth", "memory:ann:secret"], False),
+        (["--kernel-per", "connection"], False),
+    ):
+        assert tap._hasOneKernel(parse("--jupyter-url", URL, *more)) == known
 
 
 def test_badEndpoint() -> None:
