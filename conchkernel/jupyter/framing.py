@@ -39,9 +39,23 @@ _CHANNEL = CARRIER_CHANNEL.encode("ascii")
 _EMPTY = b"{}{}{}"  # parent, metadata, content
 _HEADER_START = _carrier.size + len(_CHANNEL)
 
-#: The two ways in which JSON writers space it. Inside a JSON string the quotes would be escaped.
-_MARKS = tuple(f'"msg_type":{space}"{CARRIER_TYPE}"'.encode("ascii") for space in (" ", ""))
-_LEGACY_MARKS = tuple(f'"channel":{space}"{CARRIER_CHANNEL}"'.encode() for space in (" ", ""))
+def _spelled(name: str, value: str) -> tuple[bytes, bytes]:
+    """A member of an object in the two ways in which JSON writers space it.
+
+    Inside a string its quotes would be escaped: it is found only where it is a member.
+    """
+    return f'"{name}": {value}'.encode("ascii"), f'"{name}":{value}'.encode("ascii")
+
+
+_MARKS = _spelled("msg_type", f'"{CARRIER_TYPE}"')
+#: The legacy framing has all of a message in one object; what could hold objects is empty.
+_LEGACY_MARKS = (
+    _MARKS,
+    _spelled("channel", f'"{CARRIER_CHANNEL}"'),
+    _spelled("parent_header", "{}"),
+    _spelled("metadata", "{}"),
+    _spelled("content", "{}"),
+)
 #: Header of a carrier, or the whole JSON of a legacy one, at most; theirs are about 250 bytes.
 _MAX_CARRIER_JSON = 4096
 
@@ -242,7 +256,7 @@ def find_carrier_legacy(data: bytes, start: int, end: int) -> int:
     count, text, buffer = struct.unpack_from(">3L", data, start)
     if count != 2 or text != 12 or not text < buffer <= min(end - start, _MAX_CARRIER_JSON):
         return -1
-    for marks in (_LEGACY_MARKS, _MARKS):
+    for marks in _LEGACY_MARKS:
         if all(data.find(mark, start + text, start + buffer) < 0 for mark in marks):
             return -1
     return start + int(buffer)

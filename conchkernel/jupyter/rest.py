@@ -8,7 +8,6 @@ what to do. Tokens go into the ``Authorization`` header and nowhere else.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
@@ -151,7 +150,6 @@ class JupyterClient:
         # The server's cookies would be a second, older identity beside the token.
         cookies = IndexableCookieJar(policy=DefaultCookiePolicy(allowed_domains=[]))
         self._http = HTTPClient(agent, cookiejar=cookies)
-        self._version = ""
 
     def __repr__(self) -> str:
         return f"<JupyterClient {redact(self.location.base)}>"
@@ -240,7 +238,6 @@ class JupyterClient:
         version = _version(answer)
         if version is None:
             raise NotJupyter("the server tells no Jupyter version; check the URL")
-        self._version = version
         return version
 
     async def kernelspecs(self) -> KernelSpecs:
@@ -299,24 +296,6 @@ class JupyterClient:
         if not isinstance(told, dict) or not isinstance(told.get("id"), str):
             raise NotJupyter("the server's answer is not Jupyter's; check the URL")
         return _kernel(told.get("kernel"), told["id"])
-
-    async def own_kernel(self, kernel_id: str, path: str, name: str | None = None) -> KernelModel:
-        """The kernel that is ours by its id or, on older servers, by the path of its session.
-
-        It is started if need be; asking again, from another process too, gives the same kernel.
-        """
-        if self.honours_kernel_ids:
-            model = await self.create_kernel(name, kernel_id)
-            if model.id == kernel_id:
-                return model
-            await self.delete_kernel(model.id)
-        return await self.create_session(path, name)
-
-    @property
-    def honours_kernel_ids(self) -> bool:
-        """Whether the server is new enough to take our word for a kernel's id."""
-        numbers = re.findall(r"\d+", self._version)[:2]
-        return not numbers or [int(number) for number in numbers] >= [2, 15]
 
     def _created(self, answer: _Answer) -> _Answer:
         if answer.status in (200, 201):
@@ -426,9 +405,7 @@ async def _discover(
     for location in locations:
         client = JupyterClient(reactor, location, agent)
         answer = await client.call("GET", "/api")
-        version = _version(answer)
-        if version is not None:
-            client._version = version
+        if _version(answer) is not None:
             await client.kernelspecs()
             return client
         if not upgraded and _moved_to_https(answer, location):

@@ -34,7 +34,7 @@ _BELOW_THE_SERVER = {
 #: What a path may hold as it is; the rest is percent-encoded, what is encoded already stays.
 _PATH_SAFE = "/%:@!$&'()*+,;=~-._"
 
-_TOKEN_PARAMETER = re.compile(r"(?i)(\btoken(?:=|%3D))(?:(?!%26)[^&#\s\"'<>;])+")
+_TOKEN_PARAMETER = re.compile(r"(?i)(token(?:=|%3D))(?:(?!%26)[^&#\s\"'<>;])+")
 _AUTHORIZATION = re.compile(r"(?i)(\bauthorization['\"]?\s*[:=]\s*(?:b?['\"])?\w+\s+)[^\s'\",]+")
 _USER_INFO = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://)[^/\s@]*@")
 _KAGGLE = re.compile(r"(/k/[^/\s]+/)[^/\s?#]+(?=/proxy\b)")
