@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -454,3 +455,30 @@ def test_transportWithoutShortcuts() -> None:
         (94, struct.pack(">L", 7) + string(b"o")),
         (95, struct.pack(">2L", 7, 1) + string(b"e")),
     ]
+
+
+def test_largeWindowOfSmallPackets(rig: Rig) -> None:
+    """Input that waits costs what it weighs, in however many packets it came."""
+    rig.backend.slow = True
+    rig.avatar.linkLost(rig.backend.links[0])
+    channel = rig.client.execute(b"command")
+    packet = struct.pack(">L", channel.remote) + string(b"x")
+    tracemalloc.start()
+    for _ in range(200_000):
+        rig.client.receive(94, packet)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 1_000_000
+    rig.backend.answer()
+    assert bytes(rig.backend.links[-1].streams[0].waiting) == b"x" * 200_000
+
+
+def test_tinyAdjustsOfAFullChannel(rig: Rig) -> None:
+    """A window opened byte by byte costs work per byte, not per byte of all that waits."""
+    channel, stream = rig.run(window=0)
+    stream.receiver._creditCap = 1 << 26
+    stream.grant(1 << 26)
+    stream.put(b"x" * (1 << 26))
+    for _ in range(3000):
+        rig.client.adjust(channel, 1)
+    assert len(channel.output) == 3000

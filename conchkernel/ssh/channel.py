@@ -126,7 +126,7 @@ class GatewayChannel(SSHChannel):
         self.deliver: Callable[[bytes], None] = self._keepEarly
         #: In a queue of the connection's pump.
         self.scheduled = False
-        self._early: list[bytes] = []
+        self._early = bytearray()
         self._earlyEOF = False
         self._finishInput: Callable[[], None] | None = None
         self._consumedBytes = 0
@@ -162,9 +162,9 @@ class GatewayChannel(SSHChannel):
         self._creditCap = creditCap
         self._finishInput = finishInput
         self.deliver = deliver
-        early, self._early = self._early, []
-        for data in early:
-            deliver(data)
+        early, self._early = self._early, bytearray()
+        if early:
+            deliver(bytes(early))
         if self._earlyEOF:
             self.eofReceived()
         self.credit()
@@ -172,7 +172,7 @@ class GatewayChannel(SSHChannel):
     def detach(self) -> None:
         """Nobody takes input any more, nor may be granted output. Idempotent."""
         self.deliver = self._ignore
-        self._early = []
+        self._early = bytearray()
         self._grant = self._finishInput = None
         self._creditAt = sys.maxsize
 
@@ -204,8 +204,9 @@ class GatewayChannel(SSHChannel):
             self.conn.adjustWindow(self, count)
 
     def _keepEarly(self, data: bytes) -> None:
-        # Bounded by the window, which nobody opens again before it is attached.
-        self._early.append(data)
+        # Bounded by the window, which nobody opens again before the channel is attached; joined,
+        # because a window of single bytes would cost forty times its size in objects.
+        self._early += data
 
     def _ignore(self, data: bytes) -> None:
         pass

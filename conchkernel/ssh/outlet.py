@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from conchkernel.ssh.channel import GatewayChannel
-    from conchkernel.ssh.ciphers import Data
+
+Data = bytes | bytearray | memoryview
 
 _TWO = struct.Struct(">2L")
 _THREE = struct.Struct(">3L")
