@@ -24,6 +24,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import FilteringLogObserver, ILogObserver, LogLevel, LogLevelFilterPredicate
 from twisted.python import usage
@@ -91,16 +92,16 @@ def makeService(options: Options) -> GatewayService:
     """The service for the command line ``options``, in a process of its own."""
     if _becomesDaemon(options):
         _rehearse(options)
-    return _makeService(options)
+    service = _makeService(options)
+    service.whenStarted().addErrback(_failed)
+    return service
 
 
 def _makeService(options: Options) -> GatewayService:
     try:
-        service = tap.makeService(options)
+        return tap.makeService(options)
     except ConchKernelError as error:
         raise SystemExit(f"conchkernel: {error}") from None
-    service.whenStarted().addErrback(_failed)
-    return service
 
 
 def _becomesDaemon(options: Options) -> bool:
@@ -160,10 +161,14 @@ def _main() -> None:
     options = Options()
     options.parseOptions(json.load(sys.stdin))
     service = _makeService(options)
-    service.privilegedStartService()
-    service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
-
+    service.privilegedStartService()
+    if options["wait-for-jupyter"]:
+        # Then Jupyter's state now is no reason not to start; a port that is taken is.
+        rehearsed = Deferred.fromCoroutine(service.listening())
+    else:
+        service.startService()
+        rehearsed = service.whenStarted()
     started = False
 
     def enough(_: object) -> None:
@@ -171,7 +176,7 @@ def _main() -> None:
         started = True
         reactor.callWhenRunning(reactor.stop)
 
-    service.whenStarted().addCallbacks(enough, lambda _: None)
+    rehearsed.addCallbacks(enough, _failed)
     reactor.run()
     if not started:  # a signal came first
         raise SystemExit(FAILURE)

@@ -136,9 +136,16 @@ class GatewayService(Service):
         self.ports.append(port)
         self._log.info("Listening on {address}", address=port.getHost())
 
-    async def _start(self) -> None:
+    async def listening(self) -> None:
+        """Wait until every port listens, once :meth:`privilegedStartService` has bound them.
+
+        :raises conchkernel.errors.ConfigurationError: where one cannot be listened on.
+        """
         for listening in self._listening or ():
             await listening
+
+    async def _start(self) -> None:
+        await self.listening()
         if self._waitForBackend:
             await self._startPatiently()
         else:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ import psutil
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.conftest import LocalJupyter
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +79,42 @@ def assertFailedInOneLine(
     assert not (directory / "twistd.pid").exists()
 
 
+@contextmanager
+def running(
+    directory: Path, runner: list[str], url: str, until: str, *arguments: str
+) -> Iterator[None]:
+    """A gateway that has logged ``until``; ended by SIGTERM, it has said nothing wrong and left
+    nothing behind."""
+    log = directory / "gateway.log"
+    daemon = "-n" not in runner and Path(runner[0]).name != "twist"
+    with log.open("ab") as output:
+        gateway = subprocess.Popen(
+            [*runner, "--log-level", "debug", *arguments],
+            cwd=directory,
+            env={**environment(directory), "CONCHKERNEL_JUPYTER_URL": url},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    process = psutil.Process(gateway.pid)
+    if daemon:
+        assert gateway.wait() == 0, log.read_text()
+        process = psutil.Process(int((directory / "twistd.pid").read_text()))
+    try:
+        while until not in log.read_text():
+            assert process.is_running(), log.read_text()
+            assert daemon or gateway.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=15)
+    assert not (directory / "twistd.pid").exists()
+    said = log.read_text()
+    assert "sesame" not in said
+    assert "Traceback" not in said
+
+
 def closedPort() -> int:
     """A port of loopback that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -104,14 +143,17 @@ def test_jupyterUnreachable(tmp_path: Path, runner: list[str]) -> None:
     assertFailedInOneLine(tmp_path, result, "127.0.0.1")
 
 
-def test_portTaken(tmp_path: Path, runner: list[str]) -> None:
-    """A port that is taken is told as such, before Jupyter is asked anything."""
+@pytest.mark.parametrize("more", [[], ["--wait-for-jupyter"]])
+def test_portTaken(tmp_path: Path, runner: list[str], more: list[str]) -> None:
+    """A port that is taken is told as such, before Jupyter is asked anything, and waiting for
+    Jupyter would not help."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         result = run(
             tmp_path,
             *runner,
             *("--jupyter-url", f"http://127.0.0.1:{closedPort()}/?token=sesame", "--port", port),
+            *more,
         )
     assertFailedInOneLine(tmp_path, result, port, "in use")
 
@@ -128,39 +170,22 @@ def test_runsUntilTold(tmp_path: Path, runner: list[str], localJupyter: LocalJup
     """It runs with a kernel started ahead, until SIGTERM; then nothing is left, and nothing that
     was logged on the way has the token."""
     port = closedPort()
-    log = tmp_path / "gateway.log"
-    daemon = "-n" not in runner and Path(runner[0]).name != "twist"
-    with log.open("ab") as output:
-        gateway = subprocess.Popen(
-            [*runner, "--port", str(port), "--log-level", "debug"],
-            cwd=tmp_path,
-            env={**environment(tmp_path), "CONCHKERNEL_JUPYTER_URL": localJupyter.url},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
-    process = psutil.Process(gateway.pid)
-    if daemon:
-        assert gateway.wait() == 0, log.read_text()
-        process = psutil.Process(int((tmp_path / "twistd.pid").read_text()))
-    try:
-        while "Ready" not in log.read_text():
-            assert process.is_running(), log.read_text()
-            assert daemon or gateway.poll() is None, log.read_text()
-            time.sleep(0.05)
+    with running(tmp_path, runner, localJupyter.url, "Ready", "--port", str(port)):
         assert len(localJupyter.ask("api/kernels")) == 1
         with socket.create_connection(("127.0.0.1", port)) as client:
             assert client.recv(8) == b"SSH-2.0-"
-    finally:
-        process.terminate()
-        process.wait(timeout=15)
     assert not localJupyter.ask("api/kernels")
     assert not localJupyter.ask("api/sessions")
     assert not list(localJupyter.root.iterdir())
-    assert not (tmp_path / "twistd.pid").exists()
-    said = log.read_text()
-    assert localJupyter.token not in said
-    assert "Traceback" not in said
+
+
+def test_waitsForJupyter(tmp_path: Path, runner: list[str]) -> None:
+    """With patience asked for, a Jupyter that is not there yet is no reason to end."""
+    url = f"http://127.0.0.1:{closedPort()}/?token=sesame"
+    with running(
+        tmp_path, runner, url, "Waiting for Jupyter", "--port", "0", "--wait-for-jupyter"
+    ):
+        pass
 
 
 def test_helpAndVersion(tmp_path: Path, runner: list[str]) -> None:
