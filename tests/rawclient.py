@@ -24,6 +24,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from conchkernel.ssh import ciphers, kex
+from conchkernel.ssh.exchange import MSG_KEXINIT
 from conchkernel.ssh.factory import GatewayFactory
 from conchkernel.ssh.fields import Fields, mpint, string
 from conchkernel.ssh.kex import KexInit
@@ -216,12 +217,12 @@ class RawClient:
         while (packet := self.inbound.next()) is not None:
             message = packet[1], packet[2 : -packet[0]]
             messages.append(message)
-            if message[0] == kex.MSG_KEXINIT:
+            if message[0] == MSG_KEXINIT:
                 self.kexInit = message[1]
             elif message[0] == 31:
                 self._finish(message[1])
             elif message[0] == 21:
-                self.inbound.newKeys(self._opener, self.strict)
+                self.inbound.new_keys(self._opener, self.strict)
         return messages
 
     def drop(self) -> None:
@@ -256,7 +257,7 @@ class RawClient:
         self.payload = b"\x14" + payload
         if self.sessionID is None:
             self.strict = kex.STRICT_CLIENT in offer.methods
-        self.send(kex.MSG_KEXINIT, payload)
+        self.send(MSG_KEXINIT, payload)
 
     def sendPublic(self) -> None:
         """Our half, for what the two KEXINIT agree on."""
@@ -271,7 +272,7 @@ class RawClient:
 
     def sendNewKeys(self) -> None:
         self.send(21)
-        self.outbound.newKeys(self._sealer, self.strict)
+        self.outbound.new_keys(self._sealer, self.strict)
 
     def _finish(self, reply: bytes) -> None:
         fields = Fields(reply, "KEX reply")

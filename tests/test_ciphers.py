@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conchkernel.ssh import ciphers
-from conchkernel.ssh.ciphers import CIPHERS, MACS, BadTag, KeyMaterial, PlainOpener, PlainSealer
+from conchkernel.ssh.ciphers import CIPHERS, MACS, KeyMaterial
 from conchkernel.ssh.fields import ProtocolError
 from conchkernel.ssh.packets import KNOWN_PEER_BYTES, Inbound, Outbound
+from conchkernel.ssh.sealing import BadTag, GcmOpener, GcmSealer, PlainOpener, PlainSealer
 
 PAIRS = [
     (cipher, mac)
@@ -70,7 +71,7 @@ def test_sealedForAsyncssh(cipher: bytes, mac: bytes) -> None:
     """What we seal, asyncssh opens: one direction's packets in a row."""
     keys = Keys(cipher, mac)
     outbound = Outbound()
-    outbound.newKeys(keys.sealer(), resetSequence=True)
+    outbound.new_keys(keys.sealer(), reset_sequence=True)
     other = keys.other()
     etm = mac in MACS and MACS[mac].etm
     for sequence, size in enumerate(SIZES):
@@ -92,7 +93,7 @@ def test_openedFromAsyncssh(cipher: bytes, mac: bytes) -> None:
     keys = Keys(cipher, mac)
     inbound = Inbound()
     inbound.limit = KNOWN_PEER_BYTES
-    inbound.newKeys(keys.opener(), resetSequence=True)
+    inbound.new_keys(keys.opener(), reset_sequence=True)
     other = keys.other()
     block = inbound.opener.block_bytes
     for sequence, size in enumerate(SIZES):
@@ -117,12 +118,12 @@ def test_everyFragmentation(cipher: bytes, mac: bytes) -> None:
     )
     def check(payloads: list[bytes], cuts: list[int]) -> None:
         outbound = Outbound()
-        outbound.newKeys(keys.sealer(), resetSequence=True)
+        outbound.new_keys(keys.sealer(), reset_sequence=True)
         stream = b"".join(
             piece for payload in payloads for piece in outbound.seal(payload[:1], payload[1:])
         )
         inbound = Inbound()
-        inbound.newKeys(keys.opener(), resetSequence=True)
+        inbound.new_keys(keys.opener(), reset_sequence=True)
         opened = []
         for cut in cuts:
             opened += openAll(inbound, stream[:cut])
@@ -142,7 +143,7 @@ def test_byteByByte(cipher: bytes, mac: bytes) -> None:
         piece for sequence in range(3) for piece in sealer.seal(sequence, b"\x5e", b"abc")
     )
     inbound = Inbound()
-    inbound.newKeys(keys.opener(), resetSequence=True)
+    inbound.new_keys(keys.opener(), reset_sequence=True)
     opened = []
     for at in range(len(stream)):
         opened += openAll(inbound, stream[at : at + 1])
@@ -158,7 +159,7 @@ def test_everyDamageIsNoticed(cipher: bytes, mac: bytes) -> None:
         damaged = bytearray(whole)
         damaged[at] ^= 0x10
         inbound = Inbound()
-        inbound.newKeys(keys.opener(), resetSequence=True)
+        inbound.new_keys(keys.opener(), reset_sequence=True)
         try:
             assert openAll(inbound, bytes(damaged)) == []
         except ProtocolError:
@@ -171,7 +172,7 @@ def test_replayIsNoticed(cipher: bytes, mac: bytes) -> None:
     keys = Keys(cipher, mac)
     packet = b"".join(keys.sealer().seal(0, b"\x5e", b"once"))
     inbound = Inbound()
-    inbound.newKeys(keys.opener(), resetSequence=True)
+    inbound.new_keys(keys.opener(), reset_sequence=True)
     assert openAll(inbound, packet) == [b"\x5eonce"]
     with pytest.raises(ProtocolError):
         openAll(inbound, packet)
@@ -182,8 +183,8 @@ def test_sequenceWrap(cipher: bytes, mac: bytes) -> None:
     """After packet 2^32 - 1 comes packet 0."""
     keys = Keys(cipher, mac)
     outbound, inbound = Outbound(), Inbound()
-    outbound.newKeys(keys.sealer(), resetSequence=False)
-    inbound.newKeys(keys.opener(), resetSequence=False)
+    outbound.new_keys(keys.sealer(), reset_sequence=False)
+    inbound.new_keys(keys.opener(), reset_sequence=False)
     outbound.sequence = inbound.sequence = 0xFFFFFFFE
     for _ in range(4):
         assert openAll(inbound, b"".join(outbound.seal(b"\x5e", b"data"))) == [b"\x5edata"]
@@ -193,8 +194,8 @@ def test_sequenceWrap(cipher: bytes, mac: bytes) -> None:
 def test_gcmNonceIsAnInvocationCounter() -> None:
     """RFC 5647 section 7.1: four fixed octets, and a counter of eight that wraps."""
     iv = b"abcd" + b"\xff" * 8
-    sealer = ciphers.GcmSealer(bytes(16), iv)
-    opener = ciphers.GcmOpener(bytes(16), iv)
+    sealer = GcmSealer(bytes(16), iv)
+    opener = GcmOpener(bytes(16), iv)
     for _ in range(3):
         data = b"".join(sealer.seal(0, b"\x5e", b"x"))
         assert opener.open(data, 0, len(data) - 20, 0)[1:3] == b"\x5ex"
@@ -205,7 +206,7 @@ def test_bodyMayBeAView() -> None:
     for keys in (Keys(*pair) for pair in PAIRS):
         buffer = bytearray(b"0123456789")
         inbound = Inbound()
-        inbound.newKeys(keys.opener(), resetSequence=True)
+        inbound.new_keys(keys.opener(), reset_sequence=True)
         pieces = keys.sealer().seal(0, b"\x5e", memoryview(buffer)[2:5])
         buffer.clear()
         assert openAll(inbound, b"".join(pieces)) == [b"\x5e234"]
@@ -233,7 +234,7 @@ def test_idleHoldsNothing() -> None:
     """When all is parsed, no buffer is left behind."""
     inbound = Inbound()
     opener = PlainOpener()
-    inbound.newKeys(opener, resetSequence=True)
+    inbound.new_keys(opener, reset_sequence=True)
     packet = b"".join(PlainSealer().seal(0, b"\x5e", bytes(10000)))
     openAll(inbound, packet + packet[:7])
     assert len(inbound._buffer) == 7

@@ -52,7 +52,7 @@ def test_greeting() -> None:
     """The version line is there at once, and nothing after it yet."""
     raw = client()
     assert raw.read() == []
-    assert raw.greeting == b"SSH-2.0-conchkernel_0.1.0"
+    assert raw.greeting == b"SSH-2.0-OpenSSH_compatible_conchkernel_0.1.0"
     assert raw.tcp.noDelay
     assert raw.tcp.bufferSize == 256 * 1024
 
@@ -659,7 +659,7 @@ def test_bothRekeyAtOnce() -> None:
     raw.exchange()
     raw.send(94, DATA)
     assert raw.read() == [(94, DATA)]
-    assert raw.server._phase.name == "IDLE"
+    assert raw.server._exchange.phase.name == "IDLE"
 
 
 def test_sequenceNumbersWrap() -> None:

@@ -85,7 +85,8 @@ class GatewayFactory(SSHFactory):
         self.primes = None
         self.publicKeys: dict[bytes, Key] = {}
         self.privateKeys: dict[bytes, Key] = {}
-        self._hostKeys: dict[bytes, tuple[bytes, Key]] = {}
+        #: By signature algorithm: the public blob, and the private key.
+        self.hostKeys: dict[bytes, tuple[bytes, Key]] = {}
         for key in hostKeys:
             kind = key.sshType()
             if kind in self.privateKeys:
@@ -94,16 +95,11 @@ class GatewayFactory(SSHFactory):
             self.privateKeys[kind] = key
             for algorithm in key.supportedSignatureAlgorithms():
                 if algorithm != b"ssh-rsa":  # SHA-1
-                    self._hostKeys[algorithm] = (key.public().blob(), key)
-        self.hostKeyAlgorithms = tuple(self._hostKeys)
+                    self.hostKeys[algorithm] = (key.public().blob(), key)
         # Connections that have not logged in, with their source once it is known.
         self._startups: dict[GatewayTransport, IPNetwork | None] = {}
         self._refusals = 0
         self._nextRefusalLog = 0.0
-
-    def hostKey(self, algorithm: bytes) -> tuple[bytes, Key]:
-        """The public blob and the private key for one of :attr:`hostKeyAlgorithms`."""
-        return self._hostKeys[algorithm]
 
     def getService(self, transport: Any, service: bytes) -> type[SSHService] | None:
         """The class for a service; any but authentication only after that."""

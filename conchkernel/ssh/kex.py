@@ -38,8 +38,6 @@ EXT_INFO_SERVER = b"ext-info-s"
 STRICT_CLIENT = b"kex-strict-c-v00@openssh.com"
 STRICT_SERVER = b"kex-strict-s-v00@openssh.com"
 
-MSG_KEXINIT = 20
-
 _COOKIE_BYTES = 16
 _X25519_BYTES = 32
 _MLKEM768_PUBLIC_BYTES = 1184
@@ -144,6 +142,11 @@ def agree(client: KexInit, server: KexInit) -> Agreement:
     first("compression", client.compressions_in, server.compressions_in)
     first("compression", client.compressions_out, server.compressions_out)
     return Agreement(method, host_key, cipher_in, mac_in, cipher_out, mac_out)
+
+
+def signature_algorithm(host_key_algorithm: bytes) -> bytes:
+    """By what a host key signs: a certificate's key as the key alone would."""
+    return host_key_algorithm.replace(b"-cert-v01@openssh.com", b"")
 
 
 def guess_was_right(client: KexInit, server: KexInit) -> bool:

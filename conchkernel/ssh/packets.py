@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from conchkernel.ssh.ciphers import Data, PlainOpener, PlainSealer
 from conchkernel.ssh.fields import ProtocolError
+from conchkernel.ssh.sealing import Data, PlainOpener, PlainSealer
 
 if TYPE_CHECKING:
-    from conchkernel.ssh.ciphers import Opener, Sealer
+    from conchkernel.ssh.sealing import Opener, Sealer
 
 #: Packet lengths we believe. RFC 4253 section 6.1 asks for 35000 at least; OpenSSH takes 256 KiB.
 UNKNOWN_PEER_BYTES = 35000
@@ -43,11 +43,11 @@ class Outbound:
         self.bytes += len(head) + len(body) + 32
         return self.sealer.seal(sequence, head, body)
 
-    def newKeys(self, sealer: Sealer, resetSequence: bool) -> None:
+    def new_keys(self, sealer: Sealer, reset_sequence: bool) -> None:
         """What follows is under new keys."""
         self.sealer = sealer
         self.bytes = self.packets = 0
-        if resetSequence:
+        if reset_sequence:
             self.sequence = 0
 
 
@@ -120,11 +120,11 @@ class Inbound:
             raise ProtocolError("bad padding length")
         return packet
 
-    def newKeys(self, opener: Opener, resetSequence: bool) -> None:
+    def new_keys(self, opener: Opener, reset_sequence: bool) -> None:
         """What follows is under new keys."""
         self.opener = opener
         self.bytes = self.packets = 0
-        if resetSequence:
+        if reset_sequence:
             self.sequence = 0
 
     def _compact(self) -> None:

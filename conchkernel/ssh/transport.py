@@ -2,8 +2,8 @@
 
 Replaces Conch's packet layer and key exchange and keeps its interface: services come from the
 factory, send with :meth:`GatewayTransport.sendPacket` and receive by ``packetReceived``. Bytes
-become packets in :mod:`conchkernel.ssh.packets`, keys come from :mod:`conchkernel.ssh.kex`; here
-is the order of things: what may be said when, by whom, and how a connection ends.
+become packets in :mod:`conchkernel.ssh.packets`, keys come from :mod:`conchkernel.ssh.exchange`;
+here messages find their way, both ways, and connections their end.
 
 Rules of this file: whatever a peer does wrong is a :class:`ProtocolError`, turned into one
 SSH_MSG_DISCONNECT and one log line in one place; the two directions change keys apart, each at its
@@ -12,11 +12,9 @@ own NEWKEYS; nothing that waits is without a bound or a deadline.
 
 from __future__ import annotations
 
-import enum
 import struct
 from typing import TYPE_CHECKING, Any
 
-from twisted.conch.ssh import transport as conch
 from twisted.conch.ssh.transport import SSHServerTransport
 from twisted.internet.interfaces import IPushProducer
 from twisted.logger import Logger
@@ -24,9 +22,19 @@ from twisted.protocols.policies import ProtocolWrapper
 from zope.interface import implementer
 
 from conchkernel import __version__
-from conchkernel.ssh import ciphers, kex
+from conchkernel.ssh.exchange import (
+    MSG_DEBUG,
+    MSG_DISCONNECT,
+    MSG_IGNORE,
+    MSG_KEX_INIT,
+    MSG_KEX_REPLY,
+    MSG_KEXINIT,
+    MSG_NEWKEYS,
+    MSG_UNIMPLEMENTED,
+    KeyExchange,
+    Phase,
+)
 from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, string
-from conchkernel.ssh.kex import Agreement, KexInit
 from conchkernel.ssh.limits import Offence
 from conchkernel.ssh.packets import KNOWN_PEER_BYTES, Inbound, Outbound
 from conchkernel.ssh.userkeys import SIGNATURE_ALGORITHMS
@@ -38,8 +46,11 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
     from twisted.python.failure import Failure
 
-    from conchkernel.ssh.ciphers import Data, Opener
+    from conchkernel.ssh.sealing import Data
 
+MSG_SERVICE_REQUEST = 5
+MSG_SERVICE_ACCEPT = 6
+MSG_EXT_INFO = 7
 MSG_PING = 192
 MSG_PONG = 193
 MSG_USERAUTH_REQUEST = 50
@@ -82,28 +93,6 @@ _pack_data = struct.Struct(">BLL").pack
 _pack_extended = struct.Struct(">BLLL").pack
 
 
-class Phase(enum.Enum):
-    """Where a key exchange is."""
-
-    IDLE = "no key exchange"
-    STARTED = "our KEXINIT is sent"
-    AGREED = "both KEXINIT are sent, the client's public key is awaited"
-    ANSWERED = "our NEWKEYS is sent, the client's is awaited"
-
-
-#: In this phase the client may send this message of the key exchange, and no other.
-_EXPECTED = {
-    Phase.IDLE: conch.MSG_KEXINIT,
-    Phase.STARTED: conch.MSG_KEXINIT,
-    Phase.AGREED: conch.MSG_KEX_DH_GEX_REQUEST_OLD,
-    Phase.ANSWERED: conch.MSG_NEWKEYS,
-}
-#: Between our KEXINIT and our NEWKEYS we may send only messages of the transport.
-_BLOCKED_PHASES = frozenset((Phase.STARTED, Phase.AGREED))
-#: The client may send these in every phase; in the first one not if it asked for strictness.
-_ALWAYS_ALLOWED = frozenset((conch.MSG_IGNORE, conch.MSG_UNIMPLEMENTED, conch.MSG_DEBUG))
-
-
 @implementer(IPushProducer)
 class GatewayTransport(SSHServerTransport):
     """One client's connection.
@@ -114,34 +103,24 @@ class GatewayTransport(SSHServerTransport):
 
     :ivar factory: the :class:`~conchkernel.ssh.factory.GatewayFactory`.
     :ivar sessionID: the first exchange hash (RFC 4253 section 7.2).
-    :ivar hostKeyBlob: the public host key that the client has seen.
     :ivar failedAttempts: to log in, on this connection.
     """
 
     _log = Logger()
 
-    version = b"conchkernel_" + __version__.replace("-", "_").encode("ascii")
+    # OpenSSH's client says that its reader has gone (eow@openssh.com) only to a server whose
+    # version begins so; without that word `ssh gw yes | head -1` would not end.
+    version = b"OpenSSH_compatible_conchkernel_" + __version__.replace("-", "_").encode("ascii")
     ourVersionString = b"SSH-2.0-" + version
     factory: Any
     transport: Any
 
     def __init__(self) -> None:
-        self.hostKeyBlob = b""
         self.failedAttempts = 0
         self._inbound = Inbound()
         self._outbound = Outbound()
         self._versionBuffer = b""
-        self._phase = Phase.IDLE
-        self._strict = False
-        # The client's first NEWKEYS was here.
-        self._keyed = False
-        self._ours: KexInit | None = None
-        self._ourPayload = b""
-        self._theirPayload = b""
-        self._offer = ciphers.offer(None)
-        self._agreement: Agreement | None = None
-        self._skipGuess = False
-        self._nextOpener: Opener | None = None
+        self._exchange: KeyExchange
         self._nextRekey = 0.0
         # Held back until the key exchange ends: (number, payload).
         self._held: list[tuple[int, bytes]] = []
@@ -150,7 +129,8 @@ class GatewayTransport(SSHServerTransport):
         self._corked = False
         self._sealed: list[bytes] = []
         self._sealedBytes = 0
-        # What stops us from sending bulk.
+        # What stops us from sending bulk: a key exchange, or TCP.
+        self._blocked = False
         self._tcpFull = False
         self._writable = False
         self._untakenBytes = 0
@@ -166,15 +146,15 @@ class GatewayTransport(SSHServerTransport):
         self._exchangeCall: IDelayedCall | None = None
         self._closeCall: IDelayedCall | None = None
         self._handlers: dict[int, Callable[[bytes], object]] = {
-            conch.MSG_DISCONNECT: self.ssh_DISCONNECT,
-            conch.MSG_IGNORE: self.ssh_IGNORE,
-            conch.MSG_UNIMPLEMENTED: self.ssh_UNIMPLEMENTED,
-            conch.MSG_DEBUG: self.ssh_DEBUG,
-            conch.MSG_SERVICE_REQUEST: self.ssh_SERVICE_REQUEST,
-            conch.MSG_EXT_INFO: self.ssh_EXT_INFO,
-            conch.MSG_KEXINIT: self.ssh_KEXINIT,
-            conch.MSG_NEWKEYS: self.ssh_NEWKEYS,
-            conch.MSG_KEX_DH_GEX_REQUEST_OLD: self._ssh_KEX_INIT,
+            MSG_DISCONNECT: self.ssh_DISCONNECT,
+            MSG_IGNORE: self.ssh_IGNORE,
+            MSG_UNIMPLEMENTED: self.ssh_UNIMPLEMENTED,
+            MSG_DEBUG: self.ssh_DEBUG,
+            MSG_SERVICE_REQUEST: self.ssh_SERVICE_REQUEST,
+            MSG_EXT_INFO: self.ssh_EXT_INFO,
+            MSG_KEXINIT: self.ssh_KEXINIT,
+            MSG_NEWKEYS: self.ssh_NEWKEYS,
+            MSG_KEX_INIT: self._ssh_KEX_INIT,
             MSG_PING: self._ssh_PING,
         }
 
@@ -189,6 +169,7 @@ class GatewayTransport(SSHServerTransport):
             tcp.setTcpNoDelay(True)
         if isinstance(getattr(tcp, "bufferSize", None), int):
             tcp.bufferSize = _TCP_BUFFER_BYTES
+        self._exchange = KeyExchange(self.ourVersionString, self.factory.hostKeys)
         self.transport.registerProducer(self, True)
         self.factory.connectionOpened(self)
         limits = self.factory.limits
@@ -275,7 +256,7 @@ class GatewayTransport(SSHServerTransport):
             self._offence = Offence.CRASH
             self.sendDisconnect(DisconnectCode.BY_APPLICATION, b"internal error")
             return
-        if self._phase is Phase.IDLE and self.sessionID is not None and self._keysAreOld():
+        if self._keysAreOld():
             self.sendKexInit()
 
     def _takeVersion(self, data: bytes) -> bytes | None:
@@ -293,7 +274,7 @@ class GatewayTransport(SSHServerTransport):
         if b"\0" in line or line[4:].partition(b"-")[0] not in self.supportedVersions:
             self._refuseVersion("speaks another protocol version")
             return None
-        self.otherVersionString = line
+        self.otherVersionString = self._exchange.client_version = line
         self.gotVersion = True
         return rest
 
@@ -305,22 +286,11 @@ class GatewayTransport(SSHServerTransport):
 
     def _dispatch(self, number: int, payload: bytes) -> None:
         """Everything but the messages of a running connection service."""
-        phase = self._phase
         if not self._loggedIn:
             self._earlyMessages += 1
             if self._earlyMessages > _MAXIMUM_EARLY_MESSAGES:
                 raise ProtocolError("too many messages before authentication")
-        if conch.MSG_KEXINIT <= number < 50:
-            if number != _EXPECTED[phase]:
-                raise ProtocolError(f"message {number} out of order in the key exchange")
-        elif number != conch.MSG_DISCONNECT:
-            exchanging = phase in (Phase.AGREED, Phase.ANSWERED)
-            if not self._keyed:
-                # With strict key exchange an attacker could count on nothing in between.
-                if self._strict or number not in _ALWAYS_ALLOWED:
-                    raise ProtocolError(f"message {number} before the first keys")
-            elif exchanging and number not in _ALWAYS_ALLOWED:
-                raise ProtocolError(f"message {number} during the key exchange")
+        self._exchange.check(number)
         handler = self._handlers.get(number)
         if handler is not None:
             handler(payload)
@@ -342,18 +312,26 @@ class GatewayTransport(SSHServerTransport):
 
     # --- the key exchange --------------------------------------------------------------------
 
-    def _enter(self, phase: Phase) -> None:
-        self._phase = phase
-        self._open = self._loggedIn and phase in (Phase.IDLE, Phase.STARTED)
+    @property
+    def hostKeyBlob(self) -> bytes:
+        """The public host key that the client has seen."""
+        return self._exchange.host_key_blob
+
+    def _phaseChanged(self) -> None:
+        exchange = self._exchange
+        self._blocked = exchange.blocks_us
+        self._open = self._loggedIn and not exchange.blocks_client
         self._updateWritable()
 
     def _offerUnasked(self) -> None:
         """The client waits for our KEXINIT, or for nothing at all."""
         self._exchangeCall = None
-        if not self._closing and self._phase is Phase.IDLE:
+        if not self._closing:
             self.sendKexInit()
 
     def _keysAreOld(self) -> bool:
+        if not self._exchange.keyed or self._exchange.phase is not Phase.IDLE:
+            return False
         limits = self.factory.limits
         inbound, outbound = self._inbound, self._outbound
         return (
@@ -364,99 +342,48 @@ class GatewayTransport(SSHServerTransport):
         )
 
     def sendKexInit(self) -> None:
-        """Begin a key exchange, or answer the client's beginning."""
-        first = self.sessionID is None
-        markers = (kex.EXT_INFO_SERVER, kex.STRICT_SERVER) if first else ()
-        offer = self._offer
-        self._ours = KexInit(
-            kex.METHODS + markers,
-            self.factory.hostKeyAlgorithms,
-            offer.ciphers,
-            offer.ciphers,
-            offer.macs,
-            offer.macs,
-            (b"none",),
-            (b"none",),
+        """Begin a key exchange, unless there is one."""
+        if self._exchange.phase is Phase.IDLE:
+            self._sendKexInit(self._exchange.begin())
+
+    def _sendKexInit(self, payload: bytes) -> None:
+        self._phaseChanged()
+        self._send(_NUMBER[MSG_KEXINIT], payload)
+        if self._exchangeCall is not None:
+            self._exchangeCall.cancel()
+        self._exchangeCall = self.factory.reactor.callLater(
+            _EXCHANGE_SECONDS, self._exchangeExceeded
         )
-        payload = self._ours.encode()
-        self._ourPayload = _NUMBER[conch.MSG_KEXINIT] + payload
-        self._enter(Phase.STARTED)
-        self._send(_NUMBER[conch.MSG_KEXINIT], payload)
-        if self._exchangeCall is None:
-            self._exchangeCall = self.factory.reactor.callLater(
-                _EXCHANGE_SECONDS, self._exchangeExceeded
-            )
 
     def ssh_KEXINIT(self, packet: bytes) -> None:
         """What the client can do (RFC 4253 section 7.1)."""
-        theirs = KexInit.parse(packet)
-        if self.sessionID is None:
-            self._strict = kex.STRICT_CLIENT in theirs.methods
-            self._peerSupportsExtensions = kex.EXT_INFO_CLIENT in theirs.methods
-            if self._strict and self._inbound.packets != 1:
-                raise ProtocolError("KEXINIT was not the first packet")
+        if not self._exchange.keyed:
             refusal = self.factory.refusal(self)
             if refusal is not None:
                 self._offence = Offence.REFUSED
                 raise ProtocolError(refusal, DisconnectCode.TOO_MANY_CONNECTIONS)
-        if self._phase is Phase.IDLE:
-            both = [name for name in theirs.ciphers_in if name in theirs.ciphers_out]
-            self._offer = ciphers.offer(both, theirs.macs_in)
-            if self._exchangeCall is not None:
-                self._exchangeCall.cancel()
-                self._exchangeCall = None
-            self.sendKexInit()
-        self._theirPayload = _NUMBER[conch.MSG_KEXINIT] + packet
-        assert self._ours is not None
-        agreement = kex.agree(theirs, self._ours)
-        self._agreement = agreement
+        answer = self._exchange.received_init(packet, self._inbound.packets)
+        if answer is not None:
+            self._sendKexInit(answer)
+        agreement = self._exchange.agreement
+        assert agreement is not None
         self.kexAlg = agreement.method
         self.keyAlg = agreement.host_key_algorithm
-        self._skipGuess = theirs.guessed and not kex.guess_was_right(theirs, self._ours)
-        self._enter(Phase.AGREED)
+        self._peerSupportsExtensions = self._exchange.extensions
+        self._phaseChanged()
 
     def _ssh_KEX_INIT(self, packet: bytes) -> None:
-        """The client's public key: answer with ours, prove who we are, and change keys."""
-        if self._skipGuess:
-            self._skipGuess = False
+        """The client's public key: answer it, and change our keys."""
+        exchange = self._exchange
+        reply = exchange.received_public(packet)
+        if reply is None:
             return
-        fields = Fields(packet, "key exchange message")
-        clientPublic = fields.string()
-        fields.end()
-        agreement = self._agreement
-        assert agreement is not None
-        serverPublic, secret = kex.respond(agreement.method, clientPublic)
-        blob, key = self.factory.hostKey(agreement.host_key_algorithm)
-        digest = kex.exchange_hash(
-            self.otherVersionString,
-            self.ourVersionString,
-            self._theirPayload,
-            self._ourPayload,
-            blob,
-            clientPublic,
-            serverPublic,
-            secret=secret,
-        )
-        first = self.sessionID is None
-        if first:
-            self.sessionID = digest
-            self.hostKeyBlob = blob
-        sessionID = self.sessionID
-        assert sessionID is not None
-        signature = key.sign(digest, signatureType=agreement.host_key_algorithm)
-        self._send(
-            _NUMBER[conch.MSG_KEXDH_REPLY], string(blob) + string(serverPublic) + string(signature)
-        )
-        self._send(_NUMBER[conch.MSG_NEWKEYS], b"")
-        outward = kex.key_material(secret, digest, sessionID, b"BDF")
-        inward = kex.key_material(secret, digest, sessionID, b"ACE")
-        self._outbound.newKeys(
-            ciphers.make_sealer(agreement.cipher_out, agreement.mac_out, outward), self._strict
-        )
-        self._nextOpener = ciphers.make_opener(agreement.cipher_in, agreement.mac_in, inward)
-        self._ourPayload = self._theirPayload = b""
-        self._phase = Phase.ANSWERED
-        if first:
+        self.sessionID = exchange.session_id
+        self._send(_NUMBER[MSG_KEX_REPLY], reply.payload)
+        self._send(_NUMBER[MSG_NEWKEYS], b"")
+        self._outbound.new_keys(reply.sealer, exchange.strict)
+        self._blocked = False
+        if reply.first:
             self.sendExtInfo(
                 [
                     (b"server-sig-algs", b",".join(SIGNATURE_ALGORITHMS)),
@@ -467,21 +394,18 @@ class GatewayTransport(SSHServerTransport):
         held, self._held, self._heldBytes = self._held, [], 0
         for number, payload in held:
             self._send(_NUMBER[number], payload)
-        self._enter(Phase.ANSWERED)
+        self._phaseChanged()
 
     def ssh_NEWKEYS(self, packet: bytes) -> None:
         """The client's next packet is under the new keys."""
-        Fields(packet, "NEWKEYS").end()
-        assert self._nextOpener is not None
-        self._inbound.newKeys(self._nextOpener, self._strict)
-        self._nextOpener = None
-        self._keyed = True
+        opener = self._exchange.received_new_keys(packet)
+        self._inbound.new_keys(opener, self._exchange.strict)
         if self._exchangeCall is not None:
             self._exchangeCall.cancel()
             self._exchangeCall = None
         seconds = self.factory.limits.rekeyLimitSeconds
         self._nextRekey = self.factory.reactor.seconds() + seconds if seconds else 0.0
-        self._enter(Phase.IDLE)
+        self._phaseChanged()
 
     def _exchangeExceeded(self) -> None:
         self._exchangeCall = None
@@ -546,14 +470,14 @@ class GatewayTransport(SSHServerTransport):
             raise ProtocolError(
                 "service not available", DisconnectCode.SERVICE_NOT_AVAILABLE
             )
-        self.sendPacket(conch.MSG_SERVICE_ACCEPT, string(name))
+        self.sendPacket(MSG_SERVICE_ACCEPT, string(name))
         if self.service is None:
             self.setService(self.factory.getService(self, name)())
 
     def sendUnimplemented(self) -> None:
         """Tell the client that we do not know its last message."""
         sequence = (self._inbound.sequence - 1) & 0xFFFFFFFF
-        self.sendPacket(conch.MSG_UNIMPLEMENTED, struct.pack(">L", sequence))
+        self.sendPacket(MSG_UNIMPLEMENTED, struct.pack(">L", sequence))
 
     # --- services ----------------------------------------------------------------------------
 
@@ -582,7 +506,7 @@ class GatewayTransport(SSHServerTransport):
         self._inbound.limit = KNOWN_PEER_BYTES
         self.factory.connectionAuthenticated(self)
         self.sendPacket(MSG_USERAUTH_SUCCESS, b"")
-        self._enter(self._phase)
+        self._phaseChanged()
         self.setService(service)
 
     def _graceExceeded(self) -> None:
@@ -594,7 +518,7 @@ class GatewayTransport(SSHServerTransport):
 
     def sendPacket(self, messageType: int, payload: bytes) -> None:
         """Send a message, or hold it until the end of a key exchange."""
-        if self._phase in _BLOCKED_PHASES and messageType > conch.MSG_DEBUG:
+        if self._blocked and messageType > MSG_DEBUG:
             self._hold(messageType, payload)
         else:
             self._send(_NUMBER[messageType], payload)
@@ -605,7 +529,7 @@ class GatewayTransport(SSHServerTransport):
         :param recipientChannel: the client's number of the channel.
         """
         head = _pack_data(MSG_CHANNEL_DATA, recipientChannel, len(data))
-        if self._phase in _BLOCKED_PHASES:
+        if self._blocked:
             self._hold(MSG_CHANNEL_DATA, head[1:] + bytes(data))
         else:
             self._send(head, data)
@@ -616,7 +540,7 @@ class GatewayTransport(SSHServerTransport):
         """Send SSH_MSG_CHANNEL_EXTENDED_DATA; as :meth:`sendChannelData`."""
         number = MSG_CHANNEL_EXTENDED_DATA
         head = _pack_extended(number, recipientChannel, dataType, len(data))
-        if self._phase in _BLOCKED_PHASES:
+        if self._blocked:
             self._hold(number, head[1:] + bytes(data))
         else:
             self._send(head, data)
@@ -672,7 +596,7 @@ class GatewayTransport(SSHServerTransport):
         return self._writable
 
     def _updateWritable(self) -> None:
-        writable = not (self._tcpFull or self._closing or self._phase in _BLOCKED_PHASES)
+        writable = not (self._tcpFull or self._closing or self._blocked)
         if writable is self._writable:
             return
         self._writable = writable
@@ -713,7 +637,7 @@ class GatewayTransport(SSHServerTransport):
         self._held = []
         if self.gotVersion:
             payload = struct.pack(">L", reason) + string(desc) + string(b"")
-            self._send(_NUMBER[conch.MSG_DISCONNECT], payload)
+            self._send(_NUMBER[MSG_DISCONNECT], payload)
             self._flush()
         self._close()
 
@@ -742,8 +666,9 @@ class GatewayTransport(SSHServerTransport):
 
     def isEncrypted(self, direction: str = "out") -> bool:
         """Whether the peer's (``in``), our (``out``) or ``both`` directions are under keys."""
-        out = not isinstance(self._outbound.sealer, ciphers.PlainSealer)
-        return {"in": self._keyed, "out": out, "both": self._keyed and out}[direction]
+        keyed = self._exchange.keyed
+        out = self.sessionID is not None
+        return {"in": keyed, "out": out, "both": keyed and out}[direction]
 
     def isVerified(self, direction: str = "out") -> bool:
         """As :meth:`isEncrypted`: there is no cipher here without integrity."""
