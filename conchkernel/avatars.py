@@ -63,6 +63,7 @@ class KernelAvatar(ConchUser):
         self.globalRequestLookup: dict[bytes, Callable[[bytes], Any]] = {}
         self._backend = backend
         self._link: IKernelLink | None = None
+        self._lost: list[IKernelLink] = []
         self._connecting: Deferred[IKernelLink] | None = None
         self._waiting: list[Deferred[IKernelLink]] = []
         self._loggedOut = False
@@ -92,16 +93,22 @@ class KernelAvatar(ConchUser):
             self._connect()
 
     def linkLost(self, link: IKernelLink) -> None:
-        """``link`` is of no more use: whoever needs one next gets another."""
+        """``link`` is of no more use: whoever needs one next gets another.
+
+        It is given back at the end only, since other channels may still live on it.
+        """
         if self._link is link:
             self._link = None
-            link.release()
+            self._lost.append(link)
 
     def logout(self) -> None:
         """The connection is gone. Idempotent."""
         self._loggedOut = True
-        link, self._link = self._link, None
-        if link is not None:
+        links, self._lost = self._lost, []
+        if self._link is not None:
+            links.append(self._link)
+            self._link = None
+        for link in links:
             link.release()
         if self._connecting is not None:
             self._connecting.cancel()

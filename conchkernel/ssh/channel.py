@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
 
     from conchkernel.ssh.connection import GatewayConnection
-    from conchkernel.ssh.outlet import Outlet
+    from conchkernel.ssh.outlet import Data, Outlet
 
 _UINT32 = struct.Struct(">L")
 
@@ -131,7 +131,7 @@ class GatewayChannel(SSHChannel):
         self._finishInput: Callable[[], None] | None = None
         self._consumedBytes = 0
         # Chunks are (extended type, bytes), what follows data is (-message number, payload).
-        self._queue: deque[tuple[int, bytes | bytearray]] = deque()
+        self._queue: deque[tuple[int, Data]] = deque()
         self._offset = 0
         self._outgoing = Outgoing.OPEN
         self._grant: Callable[[int], None] | None = None
@@ -213,7 +213,7 @@ class GatewayChannel(SSHChannel):
 
     # --- output ------------------------------------------------------------------------------
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Data) -> None:
         """Send bytes; within what was granted. ``data`` is kept, not copied."""
         size = len(data)
         outlet = self.outlet
@@ -232,7 +232,7 @@ class GatewayChannel(SSHChannel):
         else:
             self._enqueue(0, data)
 
-    def writeExtended(self, dataType: int, data: bytes) -> None:
+    def writeExtended(self, dataType: int, data: Data) -> None:
         """Send bytes of another kind (RFC 4254 section 5.2); within what was granted."""
         self._enqueue(dataType, data)
 
@@ -284,7 +284,7 @@ class GatewayChannel(SSHChannel):
         """Output that waits for the client or the transport; never more than the credit cap."""
         return sum(len(data) for kind, data in self._queue if kind >= 0) - self._offset
 
-    def _enqueue(self, kind: int, data: bytes) -> None:
+    def _enqueue(self, kind: int, data: Data) -> None:
         if self._outgoing:
             # Dropped, and so not against the credit of what may still come.
             self._handed += len(data)
@@ -295,20 +295,21 @@ class GatewayChannel(SSHChannel):
         size = len(data)
         if not size:
             return
-        if not queue:
-            queue.append((kind, data))
-            self.outlet.schedule(self, size <= SMALL_BYTES)
-            return
         if size <= SMALL_BYTES:
-            lastKind, last = queue[-1]
-            if lastKind == kind and len(last) < self.remoteMaxPacket:
-                if type(last) is bytearray:
+            if queue:
+                lastKind, last = queue[-1]
+                if (
+                    lastKind == kind
+                    and type(last) is bytearray
+                    and len(last) < self.remoteMaxPacket
+                ):
                     last += data
                     return
-                if len(last) <= SMALL_BYTES and (len(queue) > 1 or not self._offset):
-                    queue[-1] = (kind, bytearray(last) + data)
-                    return
+            # A copy: a view would keep the whole message that it came in.
+            data = bytearray(data)
         queue.append((kind, data))
+        if len(queue) == 1:
+            self.outlet.schedule(self, size <= SMALL_BYTES)
 
     def _follow(self, message: int, payload: bytes) -> None:
         """Send a message after the data that waits; it costs no window."""
@@ -339,7 +340,7 @@ class GatewayChannel(SSHChannel):
         offset = self._offset
         left = len(data) - offset
         room = min(self.remoteWindowLeft, self.remoteMaxPacket)
-        piece: bytes | bytearray | memoryview
+        piece: Data
         if left <= room:
             size = left
             queue.popleft()
