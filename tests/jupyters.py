@@ -194,6 +194,8 @@ def _start(stack: str, python: Path, base_url: str, token: str) -> RunningJupyte
         command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
         command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={root}"]
         command += ["--ServerApp.open_browser=False", "--allow-root"]
+        # Else it answers only to requests for the names of this machine.
+        command += ["--ServerApp.allow_remote_access=True"]
     with open(home / "log", "wb") as log:
         process = subprocess.Popen(
             command,
