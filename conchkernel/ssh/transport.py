@@ -15,11 +15,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from twisted.conch.ssh.transport import SSHServerTransport
-from twisted.internet.interfaces import IPushProducer
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
-from zope.interface import implementer
 
 from conchkernel import __version__
 from conchkernel.ssh.exchange import (
@@ -36,7 +33,8 @@ from conchkernel.ssh.exchange import (
 )
 from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, string
 from conchkernel.ssh.limits import Offence
-from conchkernel.ssh.packets import KNOWN_PEER_BYTES, Inbound, Outbound
+from conchkernel.ssh.outgoing import NUMBER, OutgoingPackets
+from conchkernel.ssh.packets import KNOWN_PEER_BYTES, Inbound
 from conchkernel.ssh.userkeys import SIGNATURE_ALGORITHMS
 
 if TYPE_CHECKING:
@@ -46,8 +44,6 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
     from twisted.python.failure import Failure
 
-    from conchkernel.ssh.sealing import Data
-
 MSG_SERVICE_REQUEST = 5
 MSG_SERVICE_ACCEPT = 6
 MSG_EXT_INFO = 7
@@ -55,8 +51,6 @@ MSG_PING = 192
 MSG_PONG = 193
 MSG_USERAUTH_REQUEST = 50
 MSG_USERAUTH_SUCCESS = 52
-MSG_CHANNEL_DATA = 94
-MSG_CHANNEL_EXTENDED_DATA = 95
 
 #: RFC 4253 section 4.2 allows 255; OpenSSH takes 8192. Nobody sends so much.
 _MAXIMUM_VERSION_BYTES = 1024
@@ -65,16 +59,6 @@ _MAXIMUM_VERSION_BYTES = 1024
 _MAXIMUM_EARLY_MESSAGES = 256
 #: Extensions in one EXT_INFO; OpenSSH's bound.
 _MAXIMUM_EXTENSIONS = 1024
-#: What may wait for the end of a key exchange. Channel data does not, as the connection service
-#: is told to pause; replies and window adjustments do.
-_MAXIMUM_HELD_BYTES = 1024 * 1024
-#: What one held message costs beside its payload.
-_HELD_OVERHEAD_BYTES = 128
-#: Beyond this, what is sealed within one read is given to the TCP transport before the read ends.
-_MAXIMUM_CORKED_BYTES = 128 * 1024
-#: What is sent by us while TCP takes nothing, before we stop reading from this peer: replies that
-#: it asks for and does not take.
-_MAXIMUM_UNTAKEN_BYTES = 512 * 1024
 #: As much is read from the TCP transport at once, and held by it before it pauses us.
 _TCP_BUFFER_BYTES = 256 * 1024
 #: Packets under one set of keys; OpenSSH's bound, well before sequence numbers repeat.
@@ -88,18 +72,9 @@ _EXCHANGE_SECONDS = 120.0
 #: A peer that does not close after our DISCONNECT is cut off.
 _CLOSE_SECONDS = 3.0
 
-_NUMBER = tuple(bytes((number,)) for number in range(256))
-_pack_data = struct.Struct(">BLL").pack
-_pack_extended = struct.Struct(">BLLL").pack
 
-
-@implementer(IPushProducer)
-class GatewayTransport(SSHServerTransport):
+class GatewayTransport(OutgoingPackets):
     """One client's connection.
-
-    Flow control: :meth:`isWritable` tells whether bulk may be sent. The running service, where it
-    has these methods, is told of changes by ``transportPaused()`` and ``transportResumed()``,
-    which may come from within a send. What is sent all the same is not lost.
 
     :ivar factory: the :class:`~conchkernel.ssh.factory.GatewayFactory`.
     :ivar sessionID: the first exchange hash (RFC 4253 section 7.2).
@@ -116,29 +91,15 @@ class GatewayTransport(SSHServerTransport):
     transport: Any
 
     def __init__(self) -> None:
+        super().__init__()
         self.failedAttempts = 0
         self._inbound = Inbound()
-        self._outbound = Outbound()
         self._versionBuffer = b""
         self._exchange: KeyExchange
         self._nextRekey = 0.0
-        # Held back until the key exchange ends: (number, payload).
-        self._held: list[tuple[int, bytes]] = []
-        self._heldBytes = 0
-        # Sealed within the current read.
-        self._corked = False
-        self._sealed: list[bytes] = []
-        self._sealedBytes = 0
-        # What stops us from sending bulk: a key exchange, or TCP.
-        self._blocked = False
-        self._tcpFull = False
-        self._writable = False
-        self._untakenBytes = 0
-        self._readingPaused = False
         self._loggedIn = False
         # Whether messages 80 to 127 go straight to the service.
         self._open = False
-        self._closing = False
         self._earlyMessages = 0
         self._offence: Offence | None = None
         self._receive: Callable[[int, bytes], object] = self._noService
@@ -205,7 +166,10 @@ class GatewayTransport(SSHServerTransport):
     def _offenceOf(self) -> Offence | None:
         if self._offence is not None or self._loggedIn:
             return self._offence
-        return Offence.AUTH_FAIL if self.failedAttempts else Offence.NO_AUTH
+        if self.failedAttempts:
+            return Offence.AUTH_FAIL
+        # Who has only looked whether somebody listens has cost us nothing.
+        return Offence.NO_AUTH if self._exchange.agreement is not None else None
 
     def peerName(self) -> str:
         """The peer's address for the log."""
@@ -235,7 +199,7 @@ class GatewayTransport(SSHServerTransport):
             inbound.feed(data)
             if self._corked:
                 return
-            self._corked = True
+            self._cork()
             try:
                 next_ = inbound.next
                 while (packet := next_()) is not None:
@@ -348,7 +312,7 @@ class GatewayTransport(SSHServerTransport):
 
     def _sendKexInit(self, payload: bytes) -> None:
         self._phaseChanged()
-        self._send(_NUMBER[MSG_KEXINIT], payload)
+        self._send(NUMBER[MSG_KEXINIT], payload)
         if self._exchangeCall is not None:
             self._exchangeCall.cancel()
         self._exchangeCall = self.factory.reactor.callLater(
@@ -361,7 +325,8 @@ class GatewayTransport(SSHServerTransport):
             refusal = self.factory.refusal(self)
             if refusal is not None:
                 self._offence = Offence.REFUSED
-                raise ProtocolError(refusal, DisconnectCode.TOO_MANY_CONNECTIONS)
+                self._endWith(DisconnectCode.TOO_MANY_CONNECTIONS, refusal.encode("ascii"))
+                return
         answer = self._exchange.received_init(packet, self._inbound.packets)
         if answer is not None:
             self._sendKexInit(answer)
@@ -379,8 +344,8 @@ class GatewayTransport(SSHServerTransport):
         if reply is None:
             return
         self.sessionID = exchange.session_id
-        self._send(_NUMBER[MSG_KEX_REPLY], reply.payload)
-        self._send(_NUMBER[MSG_NEWKEYS], b"")
+        self._send(NUMBER[MSG_KEX_REPLY], reply.payload)
+        self._send(NUMBER[MSG_NEWKEYS], b"")
         self._outbound.new_keys(reply.sealer, exchange.strict)
         self._blocked = False
         if reply.first:
@@ -391,9 +356,7 @@ class GatewayTransport(SSHServerTransport):
                     (b"ping@openssh.com", b"0"),
                 ]
             )
-        held, self._held, self._heldBytes = self._held, [], 0
-        for number, payload in held:
-            self._send(_NUMBER[number], payload)
+        self._sendHeld()
         self._phaseChanged()
 
     def ssh_NEWKEYS(self, packet: bytes) -> None:
@@ -514,115 +477,6 @@ class GatewayTransport(SSHServerTransport):
         self._offence = Offence.GRACE_EXCEEDED
         self.sendDisconnect(DisconnectCode.BY_APPLICATION, b"login took too long")
 
-    # --- packets out -------------------------------------------------------------------------
-
-    def sendPacket(self, messageType: int, payload: bytes) -> None:
-        """Send a message, or hold it until the end of a key exchange."""
-        if self._blocked and messageType > MSG_DEBUG:
-            self._hold(messageType, payload)
-        else:
-            self._send(_NUMBER[messageType], payload)
-
-    def sendChannelData(self, recipientChannel: int, data: bytes | memoryview) -> None:
-        """Send SSH_MSG_CHANNEL_DATA (RFC 4254 section 5.2); ``data`` is not kept.
-
-        :param recipientChannel: the client's number of the channel.
-        """
-        head = _pack_data(MSG_CHANNEL_DATA, recipientChannel, len(data))
-        if self._blocked:
-            self._hold(MSG_CHANNEL_DATA, head[1:] + bytes(data))
-        else:
-            self._send(head, data)
-
-    def sendChannelExtendedData(
-        self, recipientChannel: int, dataType: int, data: bytes | memoryview
-    ) -> None:
-        """Send SSH_MSG_CHANNEL_EXTENDED_DATA; as :meth:`sendChannelData`."""
-        number = MSG_CHANNEL_EXTENDED_DATA
-        head = _pack_extended(number, recipientChannel, dataType, len(data))
-        if self._blocked:
-            self._hold(number, head[1:] + bytes(data))
-        else:
-            self._send(head, data)
-
-    def _hold(self, number: int, payload: bytes) -> None:
-        if self._closing:
-            return
-        self._held.append((number, payload))
-        self._heldBytes += len(payload) + _HELD_OVERHEAD_BYTES
-        if self._heldBytes > _MAXIMUM_HELD_BYTES:
-            self._held = []
-            self.sendDisconnect(
-                DisconnectCode.PROTOCOL_ERROR, b"too many requests during a key exchange"
-            )
-
-    def _send(self, head: bytes, body: Data) -> None:
-        if self._closing:
-            return
-        pieces = self._outbound.seal(head, body)
-        if self._corked:
-            self._sealed += pieces
-            self._sealedBytes += len(body) + 32
-            if self._sealedBytes > _MAXIMUM_CORKED_BYTES:
-                self._flush()
-            return
-        if self._tcpFull:
-            self._countUntaken(len(body) + 32)
-        self.transport.writeSequence(pieces)
-
-    def _flush(self) -> None:
-        sealed, self._sealed = self._sealed, []
-        size, self._sealedBytes = self._sealedBytes, 0
-        if sealed:
-            if self._tcpFull:
-                self._countUntaken(size)
-            self.transport.writeSequence(sealed)
-
-    def _uncork(self) -> None:
-        self._corked = False
-        self._flush()
-
-    def _countUntaken(self, size: int) -> None:
-        """A peer that asks and asks, and takes no answer, is not read any more until it does."""
-        self._untakenBytes += size
-        if self._untakenBytes > _MAXIMUM_UNTAKEN_BYTES and not self._readingPaused:
-            self._readingPaused = True
-            self.transport.pauseProducing()
-
-    # --- flow control ------------------------------------------------------------------------
-
-    def isWritable(self) -> bool:
-        """Whether bulk may be sent now."""
-        return self._writable
-
-    def _updateWritable(self) -> None:
-        writable = not (self._tcpFull or self._closing or self._blocked)
-        if writable is self._writable:
-            return
-        self._writable = writable
-        name = "transportResumed" if writable else "transportPaused"
-        changed = getattr(self.service, name, None)
-        if changed is not None:
-            changed()
-
-    def pauseProducing(self) -> None:
-        """TCP holds enough."""
-        if not self._tcpFull:
-            self._tcpFull = True
-            self._updateWritable()
-
-    def resumeProducing(self) -> None:
-        """TCP has sent all that it held."""
-        self._tcpFull = False
-        self._untakenBytes = 0
-        if self._readingPaused:
-            self._readingPaused = False
-            self.transport.resumeProducing()
-        self._updateWritable()
-
-    def stopProducing(self) -> None:
-        """TCP is gone; :meth:`connectionLost` follows."""
-
     # --- the end -----------------------------------------------------------------------------
 
     def sendDisconnect(self, reason: int, desc: bytes) -> None:
@@ -634,10 +488,14 @@ class GatewayTransport(SSHServerTransport):
             peer=self.peerName(),
             reason=desc.decode("utf-8", "backslashreplace"),
         )
+        self._endWith(reason, desc)
+
+    def _endWith(self, reason: int, desc: bytes) -> None:
+        """Say DISCONNECT to who can read it, and close."""
         self._held = []
         if self.gotVersion:
             payload = struct.pack(">L", reason) + string(desc) + string(b"")
-            self._send(_NUMBER[MSG_DISCONNECT], payload)
+            self._send(NUMBER[MSG_DISCONNECT], payload)
             self._flush()
         self._close()
 
