@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from twisted.logger import globalLogPublisher
 
 from conchkernel.ssh.checkers import AnonymousOwnerChecker, TokenChecker
 from conchkernel.ssh.fields import string
@@ -158,6 +159,40 @@ def test_guessersArePunished() -> None:
         guesser.drop()
     assert refusal(another(raw)) == (12, b"too many offences from this address")
     assert refusal(another(raw, "127.0.0.3")) is None
+
+
+def test_whoOnlyLooksIsNotPunished() -> None:
+    """A balancer that looks every second whether the port is open may go on."""
+    raw = RawClient(NOBODY)
+    for _ in range(100):
+        another(raw).drop()
+    assert refusal(another(raw)) is None
+
+
+def test_refusalsAreNotLoggedOneByOne() -> None:
+    """A flood of refused connections makes one line a minute."""
+    lines: list[Any] = []
+
+    def observe(event: Any) -> None:
+        if event["log_level"].name in ("info", "warn"):
+            lines.append(event)
+
+    raw = RawClient(NOBODY)
+    for _ in range(5):
+        raw.factory.penalties.punish("127.0.0.2", Offence.CRASH, 0)
+    globalLogPublisher.addObserver(observe)
+    try:
+        for _ in range(50):
+            refused = another(raw)
+            assert refusal(refused) is not None
+            refused.drop()
+            assert refused.factory._startups.keys() == {raw.server}
+        assert len(lines) == 1
+        raw.clock.advance(60)
+        assert refusal(another(raw)) is not None
+    finally:
+        globalLogPublisher.removeObserver(observe)
+    assert lines[-1]["count"] == 50
 
 
 def test_scannersArePunishedLittle() -> None:

@@ -123,6 +123,7 @@ class GatewayFactory(SSHFactory):
         """Why this client is not served, ``None`` if it is. Asked when its address is known."""
         host = transport.peerHost()
         if self.penalties.refusedFor(host, self.reactor.seconds()):
+            self._logRefusal(f"too many offences from {host}")
             return "too many offences from this address"
         source = self.penalties.source(host)
         if transport in self._startups:
@@ -131,6 +132,7 @@ class GatewayFactory(SSHFactory):
         if maximum is not None and source is not None:
             count = sum(1 for other in self._startups.values() if other == source)
             if count > maximum:
+                self._logRefusal(f"too many connections from {host}")
                 return "too many connections from this address"
         return None
 
@@ -154,6 +156,6 @@ class GatewayFactory(SSHFactory):
         if now >= self._nextRefusalLog:
             self._nextRefusalLog = now + _REFUSAL_LOG_SECONDS
             self._log.warn(
-                "refused {count} connections: {why}", count=self._refusals, why=why
+                "{count} connections refused, lately: {why}", count=self._refusals, why=why
             )
             self._refusals = 0

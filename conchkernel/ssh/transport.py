@@ -220,7 +220,7 @@ class GatewayTransport(OutgoingPackets):
             self._offence = Offence.CRASH
             self.sendDisconnect(DisconnectCode.BY_APPLICATION, b"internal error")
             return
-        if self._keysAreOld():
+        if not self._closing and self._keysAreOld():
             self.sendKexInit()
 
     def _takeVersion(self, data: bytes) -> bytes | None:
