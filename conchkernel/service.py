@@ -7,11 +7,13 @@ starts and stops. It never ends a process: a start that failed is told to whoeve
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError, maybeDeferred
 from twisted.internet.error import CannotListenError
+from twisted.internet.protocol import Factory
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import (
         IListeningPort,
+        IProtocol,
         IProtocolFactory,
         IReactorTime,
         IStreamServerEndpoint,
@@ -54,6 +57,36 @@ class StartStop(Protocol):
 
     async def stop(self) -> None:
         """Undo :meth:`start`, also one that failed or was cancelled half-way. Idempotent."""
+
+
+class _Remembering(Factory):
+    """A factory that can close what another one made, and is on no byte's way."""
+
+    noisy = False
+
+    def __init__(self, factory: IProtocolFactory) -> None:
+        self._factory = factory
+        self._made: WeakSet[IProtocol] = WeakSet()
+
+    def startFactory(self) -> None:
+        self._factory.doStart()
+
+    def stopFactory(self) -> None:
+        self._factory.doStop()
+
+    def buildProtocol(self, addr: Any) -> Any:
+        """What the other factory makes."""
+        protocol = self._factory.buildProtocol(addr)
+        if protocol is not None:
+            self._made.add(protocol)
+        return protocol
+
+    def closeAll(self) -> None:
+        """Close the connections that are still there, after what is written already."""
+        for protocol in list(self._made):
+            transport = getattr(protocol, "transport", None)
+            if transport is not None:
+                transport.loseConnection()
 
 
 class GatewayService(Service):
@@ -84,7 +117,7 @@ class GatewayService(Service):
         self.ports: list[IListeningPort] = []
         self._reactor = reactor
         self._backend = backend
-        self._factory = factory
+        self._factory = _Remembering(factory)
         self._endpoints = endpoints
         self._waitForBackend = waitForBackend
         self._listening: list[Deferred[None]] | None = None
@@ -207,7 +240,12 @@ class GatewayService(Service):
         self._listening = None
         ports, self.ports = self.ports, []
         for port in ports:
-            await _asDeferred(port.stopListening())
+            await maybeDeferred(port.stopListening)
+        await self._stopBackend()
+        # After the sessions have told their clients why they end.
+        self._factory.closeAll()
+
+    async def _stopBackend(self) -> None:
         stopping = Deferred.fromCoroutine(self._backend.stop())
         try:
             await stopping.addTimeout(STOP_TIME_LIMIT, self._reactor)
@@ -226,11 +264,3 @@ def _reason(error: CannotListenError | OSError) -> str:
     if isinstance(error, CannotListenError):
         error = error.socketError
     return getattr(error, "strerror", None) or str(error)
-
-
-def _asDeferred(result: Deferred[None] | None) -> Deferred[None]:
-    """``stopListening`` may return nothing at all."""
-    if result is None:
-        result = Deferred()
-        result.callback(None)
-    return result

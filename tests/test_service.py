@@ -8,8 +8,8 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.endpoints import TCP4ServerEndpoint
-from twisted.internet.protocol import Factory
+from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint, connectProtocol
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 
 from conchkernel.errors import ConfigurationError, JupyterUnreachable
@@ -183,3 +183,26 @@ async def test_stopHasALimit() -> None:
         await turn
     clock.advance(STOP_TIME_LIMIT)
     await stopped
+
+
+@pytest_twisted.ensureDeferred
+async def test_stopClosesConnections() -> None:
+    """Once the backend has ended what it had to say, clients are gone too."""
+    ends: list[str] = []
+    backend = Backend()
+
+    class Client(Protocol):
+        def connectionLost(self, reason: object = None) -> None:
+            ends.append(backend.calls[-1])
+            lost.callback(None)
+
+    lost: Deferred[None] = Deferred()
+    service = GatewayService(reactor, backend, Factory.forProtocol(Protocol), listenable())
+    service.startService()
+    await service.whenStarted()
+    port = service.ports[0].getHost().port  # type: ignore[attr-defined]
+    endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port)
+    await connectProtocol(endpoint, Client())
+    await service.stopService()
+    await lost
+    assert ends == ["stop"]
