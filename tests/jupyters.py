@@ -270,8 +270,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         value
         for item in session.items
         if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-        for name, value in item.callspec.params.items()
-        if name == "jupyter"
+        for value in item.callspec.params.values()
+        if value in STACKS
     }
     if not session.config.option.collectonly:
         for stack in sorted(wanted):

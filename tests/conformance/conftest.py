@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from conchkernel.jupyter.backends import JupyterBackend
 from conchkernel.loopback import LoopbackBackend
 
-STACKS: list = []
+from ..jupyters import STACKS
 
 LOOPBACK = ["loopback-pure", "loopback-compiled"]
 
@@ -28,9 +28,9 @@ def backend(request, tmp_path_factory):
             compiled=name == "loopback-compiled",
         )
     else:
-        server = request.getfixturevalue(f"jupyter_{name}")
+        server = request.getfixturevalue("jupyters")[name]
         state = tmp_path_factory.mktemp("state")
-        made = JupyterBackend(reactor, f"{server.url}/?token={server.token}", state_dir=state)
+        made = JupyterBackend(reactor, server.pasted, state_dir=state)
     pytest_twisted.blockon(Deferred.fromCoroutine(made.start()))
     yield made
     pytest_twisted.blockon(Deferred.fromCoroutine(made.stop()))
