@@ -156,12 +156,8 @@ class MemoryStream:
         if not self.closed and ("close",) not in self.calls:
             self.calls.append(("close",))
             self.onHangup()
-            self.lose_quietly()
-
-    def lose_quietly(self) -> None:
-        """The stream closes in the ordinary way, without what was not sent."""
-        self._output.clear()
-        self._queue("closed", None)
+            self._output.clear()
+            self._queue("closed", None)
 
     # --- within ------------------------------------------------------------------------------
 
@@ -197,10 +193,12 @@ class MemoryStream:
             if not data:
                 return False
             self.sent += len(data)
+            # Bytes in the form in which the wire has them.
+            view: Any = memoryview(data)
             if kind == "data":
-                self.receiver.streamData(data)
+                self.receiver.streamData(view)
             else:
-                self.receiver.streamExtendedData(data)
+                self.receiver.streamExtendedData(view)
         elif kind == "eof":
             self.receiver.streamEOF()
         elif kind == "exit":

@@ -167,7 +167,10 @@ def test_subsystems(rig: Rig) -> None:
 
         def __init__(self, channel: SessionChannel) -> None:
             served.append(channel)
-            channel.attach(channel.write, channel.loseConnection, lambda limit: None)
+            channel.attach(channel.write, self.finish, lambda limit: None)
+
+        def finish(self) -> None:
+            served[0].streamExited(ExitStatus(0))
 
         def channelClosed(self) -> None:
             Echo.closed = True
@@ -180,8 +183,7 @@ def test_subsystems(rig: Rig) -> None:
     rig.client.write(channel, b"hello")
     assert channel.output == b"hello"
     rig.client.eof(channel)
-    assert channel.closed
-    rig.client.close(channel)
+    assert channel.events[-3:] == [("exit-status", b"\0\0\0\0"), "eof", "close"]
     assert Echo.closed
 
 

@@ -58,7 +58,11 @@ SIGNALS = {
 
 
 class Subsystem(Protocol):
-    """What serves a subsystem: given its channel, it attaches itself to it."""
+    """What serves a subsystem.
+
+    It is made with its channel, and connects itself by the channel's ``attach``. It ends the
+    session by :meth:`SessionChannel.streamExited`: clients want a status from subsystems too.
+    """
 
     def channelClosed(self) -> None:
         """The channel is gone. Called once."""
