@@ -12,6 +12,7 @@ from twisted.conch.ssh.keys import Key
 
 from conchkernel.errors import ConfigurationError
 from conchkernel.ssh import hostkeys
+from conchkernel.ssh.fields import Fields, string
 
 
 def write(path: Path, key: Key, **options: object) -> Path:
@@ -118,3 +119,96 @@ def test_weak(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigurationError, match=sentence):
             hostkeys.load(write(tmp_path / "key", key))
+
+
+# --- what clients are told -------------------------------------------------------------------
+
+
+def key(tmp_path: Path, name: str, kind: str) -> Key:
+    """A key by ssh-keygen."""
+    subprocess.run(["ssh-keygen", "-qt", kind, "-N", "", "-f", tmp_path / name], check=True)
+    return hostkeys.load(tmp_path / name)
+
+
+def certificate(tmp_path: Path, name: str, *options: str) -> bytes:
+    """A certificate for that key, by a CA that is made with it."""
+    subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", tmp_path / "ca"], check=True)
+    command = ["ssh-keygen", "-qs", tmp_path / "ca", "-I", "gw", *options, tmp_path / f"{name}.pub"]
+    subprocess.run(command, check=True)
+    return hostkeys.loadCertificate(tmp_path / f"{name}-cert.pub")
+
+
+def test_algorithms(tmp_path: Path) -> None:
+    """In the operator's order; RSA by SHA-2 only; the first of a kind."""
+    first, second = key(tmp_path, "a", "ed25519"), key(tmp_path, "b", "ed25519")
+    rsaKey = key(tmp_path, "c", "rsa")
+    found = hostkeys.algorithms([rsaKey, first, second])
+    assert list(found) == [b"rsa-sha2-512", b"rsa-sha2-256", b"ssh-ed25519"]
+    assert found[b"ssh-ed25519"] == (first.blob(), first)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("ed25519", [b"ssh-ed25519-cert-v01@openssh.com", b"ssh-ed25519"]),
+        (
+            "rsa",
+            [
+                b"rsa-sha2-512-cert-v01@openssh.com",
+                b"rsa-sha2-256-cert-v01@openssh.com",
+                b"rsa-sha2-512",
+                b"rsa-sha2-256",
+            ],
+        ),
+    ],
+)
+def test_certificates(tmp_path: Path, kind: str, names: list[bytes]) -> None:
+    """A certificate comes before its key."""
+    private = key(tmp_path, "key", kind)
+    blob = certificate(tmp_path, "key", "-h")
+    found = hostkeys.algorithms([private], [blob])
+    assert list(found) == names
+    assert found[names[0]] == (blob, private)
+    with pytest.raises(ConfigurationError, match="none of the host keys"):
+        hostkeys.algorithms([key(tmp_path, "other", "ed25519")], [blob])
+
+
+def test_noCertificates(tmp_path: Path) -> None:
+    """A user's, a key's, and no file at all."""
+    key(tmp_path, "key", "ed25519")
+    with pytest.raises(ConfigurationError, match="user's certificate"):
+        certificate(tmp_path, "key", "-n", "joe")
+    with pytest.raises(ConfigurationError, match="is a key"):
+        hostkeys.loadCertificate(tmp_path / "key.pub")
+    with pytest.raises(ConfigurationError, match="not a host certificate"):
+        hostkeys.loadCertificate(tmp_path / "key")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        hostkeys.loadCertificate(tmp_path / "missing")
+
+
+def test_announcementAndProof(tmp_path: Path) -> None:
+    """A client hears of all keys, and gets a signature by each that it asks about."""
+    keys = [key(tmp_path, "a", "ed25519"), key(tmp_path, "b", "rsa")]
+    found = hostkeys.algorithms(keys, [certificate(tmp_path, "a", "-h")])
+    blobs = [one.public().blob() for one in keys]
+    assert hostkeys.announcement(found) == b"".join(map(string, blobs))
+    answer = hostkeys.proof(found, hostkeys.announcement(found), b"session", b"ssh-ed25519")
+    assert answer is not None
+    fields = Fields(answer, "proof")
+    for one, blob in zip(keys, blobs, strict=True):
+        signature = fields.string()
+        message = string(b"hostkeys-prove-00@openssh.com") + string(b"session") + string(blob)
+        assert one.public().verify(signature, message)
+    fields.end()
+    agreed = hostkeys.proof(found, string(blobs[1]), b"session", b"rsa-sha2-256")
+    assert agreed is not None
+    assert b"rsa-sha2-256" in agreed
+
+
+def test_proofOfWhatWeDoNotHave(tmp_path: Path) -> None:
+    """Refused: another key, half a question, and the same key again and again."""
+    found = hostkeys.algorithms([key(tmp_path, "a", "ed25519")])
+    blob = string(found[b"ssh-ed25519"][0])
+    for data in (string(b"unknown"), blob + string(b"unknown"), blob[:-1], blob * 2, b"\xff" * 4):
+        assert hostkeys.proof(found, data, b"session", b"ssh-ed25519") is None
+    assert hostkeys.proof(found, b"", b"session", b"ssh-ed25519") == b""

@@ -78,7 +78,7 @@ class KeyExchange:
     :ivar strict: both sides reset their sequence numbers at each NEWKEYS.
     :ivar extensions: the client wants to hear of extensions (RFC 8308).
     :ivar session_id: the first exchange hash.
-    :ivar host_key_blob: the host key that the client saw last.
+    :ivar host_key_blob: the host key that the client saw first.
     :ivar keyed: the client's first NEWKEYS was here.
     """
 
@@ -199,7 +199,7 @@ class KeyExchange:
         first = self.session_id is None
         if self.session_id is None:
             self.session_id = digest
-        self.host_key_blob = blob
+            self.host_key_blob = blob
         algorithm = kex.signature_algorithm(agreed.host_key_algorithm)
         signature = key.sign(digest, signatureType=algorithm)
         outward = kex.key_material(secret, digest, self.session_id, b"BDF")

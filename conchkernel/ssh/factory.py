@@ -15,6 +15,7 @@ from twisted.conch.ssh.factory import SSHFactory
 from twisted.internet.protocol import Protocol
 from twisted.logger import Logger
 
+from conchkernel.ssh import hostkeys
 from conchkernel.ssh.connection import GatewayConnection
 from conchkernel.ssh.limits import Limits, Offence, Penalties, dropProbability
 from conchkernel.ssh.transport import GatewayTransport
@@ -53,6 +54,7 @@ class GatewayFactory(SSHFactory):
     :param hostKeys: private keys, the preferred one first; at most one of a type counts.
     :param reactor: for time.
     :param banner: sent before the first answer about a login.
+    :param hostCertificates: blobs of :func:`conchkernel.ssh.hostkeys.loadCertificate`.
     :ivar limits: what connections and their channels may ask for.
     """
 
@@ -73,6 +75,7 @@ class GatewayFactory(SSHFactory):
         reactor: Any,
         limits: Limits = DEFAULT_LIMITS,
         banner: bytes | None = None,
+        hostCertificates: Sequence[bytes] = (),
     ) -> None:
         if not hostKeys:
             raise ConchError("a server needs a host key")
@@ -85,17 +88,11 @@ class GatewayFactory(SSHFactory):
         self.primes = None
         self.publicKeys: dict[bytes, Key] = {}
         self.privateKeys: dict[bytes, Key] = {}
-        #: By signature algorithm: the public blob, and the private key.
-        self.hostKeys: dict[bytes, tuple[bytes, Key]] = {}
+        self.hostKeys = hostkeys.algorithms(hostKeys, hostCertificates)
         for key in hostKeys:
             kind = key.sshType()
-            if kind in self.privateKeys:
-                continue
-            self.publicKeys[kind] = key.public()
-            self.privateKeys[kind] = key
-            for algorithm in key.supportedSignatureAlgorithms():
-                if algorithm != b"ssh-rsa":  # SHA-1
-                    self.hostKeys[algorithm] = (key.public().blob(), key)
+            self.publicKeys.setdefault(kind, key.public())
+            self.privateKeys.setdefault(kind, key)
         # Connections that have not logged in, with their source once it is known.
         self._startups: dict[GatewayTransport, IPNetwork | None] = {}
         self._refusals = 0

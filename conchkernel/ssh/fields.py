@@ -88,6 +88,10 @@ class Fields:
         """All that is left, which may be nothing."""
         return self.raw(len(self._data) - self._offset)
 
+    def left(self) -> int:
+        """How many bytes are not read yet."""
+        return len(self._data) - self._offset
+
     def end(self) -> None:
         """Nothing may be left here."""
         if self._offset != len(self._data):

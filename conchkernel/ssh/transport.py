@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 
 from conchkernel import __version__
+from conchkernel.ssh import hostkeys
 from conchkernel.ssh.exchange import (
     MSG_DEBUG,
     MSG_DISCONNECT,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 MSG_SERVICE_REQUEST = 5
 MSG_SERVICE_ACCEPT = 6
 MSG_EXT_INFO = 7
+MSG_GLOBAL_REQUEST = 80
 MSG_PING = 192
 MSG_PONG = 193
 MSG_USERAUTH_REQUEST = 50
@@ -470,7 +472,20 @@ class GatewayTransport(OutgoingPackets):
         self.factory.connectionAuthenticated(self)
         self.sendPacket(MSG_USERAUTH_SUCCESS, b"")
         self._phaseChanged()
+        lookup = getattr(avatar, "globalRequestLookup", None)
+        if lookup is not None:
+            # OpenSSH learns our other keys, so that a change of the first needs no warning.
+            lookup[hostkeys.PROVE] = self._proveHostKeys
+            self.sendPacket(
+                MSG_GLOBAL_REQUEST,
+                string(hostkeys.ANNOUNCE) + b"\0" + hostkeys.announcement(self.factory.hostKeys),
+            )
         self.setService(service)
+
+    def _proveHostKeys(self, data: bytes) -> tuple[bool, bytes] | bool:
+        assert self.sessionID is not None
+        answer = hostkeys.proof(self.factory.hostKeys, data, self.sessionID, self.keyAlg)
+        return False if answer is None else (True, answer)
 
     def _graceExceeded(self) -> None:
         self._graceCall = None
