@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
@@ -9,22 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_twisted
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from twisted.conch.ssh.keys import Key
 from twisted.cred.portal import Portal
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol, serverFromString
+from twisted.internet.protocol import ProcessProtocol, Protocol
 
 from conchkernel.avatars import KernelRealm
 from conchkernel.ssh.checkers import AuthorizedKeysChecker, TokenChecker
 from conchkernel.ssh.factory import GatewayFactory
 from conchkernel.ssh.kex import METHODS
 from conchkernel.ssh.limits import Limits, PenaltyRules
+from conchkernel.ssh.sealing import PlainSealer
 from conchkernel.testing import MemoryBackend, MemoryStream
+from tests.rawclient import KEXINIT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
 BULK = os.urandom(3_000_000)
@@ -119,21 +125,31 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest_twisted.async_yield_fixture
-async def door(home: Path) -> AsyncIterator[Door]:
-    """A gateway on a free port; its host key is ed25519."""
-    checkers = [AuthorizedKeysChecker([home / "authorized"]), TokenChecker(TOKEN)]
-    factory = GatewayFactory(
-        Portal(KernelRealm(MemoryBackend(_cat)), checkers),
-        [Key(Ed25519PrivateKey.generate())],
-        reactor=reactor,
+async def openDoor(home: Path) -> AsyncIterator[Callable[..., Deferred[Door]]]:
+    """Makes gateways, each on a free port, of the factory's options."""
+    ports = []
+
+    async def make(endpoint: str = "tcp:0:interface=127.0.0.1", **options: Any) -> Door:
+        checkers = [AuthorizedKeysChecker([home / "authorized"]), TokenChecker(TOKEN)]
+        options.setdefault("hostKeys", [Key(Ed25519PrivateKey.generate())])
         # All these clients come from one address.
-        limits=Limits(perSourcePenalties=PenaltyRules(enabled=False)),
-        banner=b"welcome\r\n",
-    )
-    port = reactor.listenTCP(0, factory, interface="127.0.0.1")  # type: ignore[attr-defined]
-    (home / "known").unlink(missing_ok=True)
-    yield Door(home, port.getHost().port)
-    await port.stopListening()
+        options.setdefault("limits", Limits(perSourcePenalties=PenaltyRules(enabled=False)))
+        portal = Portal(KernelRealm(MemoryBackend(_cat)), checkers)
+        factory = GatewayFactory(portal, reactor=reactor, banner=b"welcome\r\n", **options)
+        port = await serverFromString(reactor, endpoint).listen(factory)
+        ports.append(port)
+        (home / "known").unlink(missing_ok=True)
+        return Door(home, port.getHost().port)
+
+    yield lambda *given, **options: Deferred.fromCoroutine(make(*given, **options))
+    for port in ports:
+        await port.stopListening()
+
+
+@pytest_twisted.async_yield_fixture
+async def door(openDoor: Callable[..., Deferred[Door]]) -> AsyncIterator[Door]:
+    """A gateway; its host key is ed25519."""
+    yield await openDoor()
 
 
 # --- OpenSSH ---------------------------------------------------------------------------------
@@ -218,6 +234,93 @@ async def test_sshKeyscan(door: Door) -> None:
     out, _, status = await door.run(words, b"")
     assert status == 0
     assert b"ssh-ed25519" in out
+
+
+@pytest_twisted.ensureDeferred
+async def test_opensshLearnsAllHostKeys(openDoor: Callable[..., Deferred[Door]]) -> None:
+    """The second key is known to the client before it is the only one."""
+    first = Key(Ed25519PrivateKey.generate())
+    second = Key(rsa.generate_private_key(65537, 2048))
+    door = await openDoor(hostKeys=[first, second])
+    options = ["-i", str(door.home / "ed25519"), "-o", "UpdateHostKeys=yes"]
+    known = door.home / "known"
+    assert (await door.ssh(*options))[2] == 0
+    assert len(known.read_bytes().splitlines()) == 1
+    _, log, status = await door.ssh(*options)
+    assert status == 0
+    assert base64.b64encode(first.blob()) in known.read_bytes()
+    assert base64.b64encode(second.public().blob()) in known.read_bytes(), log
+    options += ["-o", "HostKeyAlgorithms=rsa-sha2-512", "-o", "StrictHostKeyChecking=yes"]
+    assert (await door.ssh(*options))[2] == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_opensshHostCertificate(openDoor: Callable[..., Deferred[Door]]) -> None:
+    """A client that knows only the CA asks nothing."""
+    private = Ed25519PrivateKey.generate()
+    authority = Ed25519PrivateKey.generate()
+    certificate = (
+        serialization.SSHCertificateBuilder()
+        .public_key(private.public_key())
+        .serial(1)
+        .type(serialization.SSHCertificateType.HOST)
+        .key_id(b"gateway")
+        .valid_principals([b"127.0.0.1"])
+        .valid_after(0)
+        .valid_before(2**63)
+        .sign(authority)
+    )
+    blob = base64.b64decode(certificate.public_bytes().split()[1])
+    door = await openDoor(hostKeys=[Key(private)], hostCertificates=[blob])
+    line = authority.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    (door.home / "known").write_bytes(b"@cert-authority * " + line + b"\n")
+    options = ["-i", str(door.home / "ed25519"), "-o", "StrictHostKeyChecking=yes"]
+    out, log, status = await door.ssh(*options)
+    assert (out, status) == (b"hello", 0), log
+    assert "ssh-ed25519-cert-v01@openssh.com" in log
+
+
+class _Proxy(Protocol):
+    """A load balancer that tells whom it speaks for, and who is told no."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.received = b""
+        self.lost: Deferred[bytes] = Deferred()
+
+    def connectionMade(self) -> None:
+        assert self.transport is not None
+        hello = f"PROXY TCP4 {self.source} 127.0.0.1 1234 22\r\nSSH-2.0-x\r\n".encode()
+        payload = b"\x14" + KEXINIT.encode()
+        self.transport.write(hello + b"".join(PlainSealer().seal(0, payload[:1], payload[1:])))
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+        if b"ssh-ed25519" in data:
+            assert self.transport is not None
+            self.transport.loseConnection()
+
+    def connectionLost(self, reason: Any = None) -> None:
+        self.lost.callback(self.received)
+
+
+@pytest_twisted.ensureDeferred
+async def test_limitsBehindAProxy(openDoor: Callable[..., Deferred[Door]]) -> None:
+    """With ``haproxy:`` it is the client's address that counts, not the balancer's."""
+    door = await openDoor("haproxy:tcp:0:interface=127.0.0.1", limits=Limits())
+    endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", door.port)
+
+    async def knock(source: str) -> bytes:
+        proxy = _Proxy(source)
+        await connectProtocol(endpoint, proxy)
+        return await proxy.lost
+
+    while b"too many offences" not in await knock("192.0.2.1"):
+        pass
+    assert b"too many offences" not in await knock("192.0.2.2")
+    assert b"too many offences" in await knock("192.0.2.1")
 
 
 # --- asyncssh --------------------------------------------------------------------------------
