@@ -49,6 +49,8 @@ MAX_REQUEST_BYTES = 9 * 1024 * 1024
 MAX_REQUESTS = 64
 #: The server's answer to our Close; it is a courtesy to wait for it.
 CLOSE_SECONDS = 1.0
+#: What we would rather speak; a server that selects none of it speaks the legacy framing.
+OFFERED = [framing.V1_SUBPROTOCOL]
 _PROTOCOL_VERSION = "5.3"
 
 
@@ -382,7 +384,7 @@ async def connect_channels(
     url = client.websocket_url(kernel_id, session_id)
     factory = WebSocketClientFactory(
         url,
-        protocols=[framing.V1_SUBPROTOCOL],
+        protocols=OFFERED,
         headers=client.authorization_headers,
         useragent="conchkernel",
         reactor=reactor,

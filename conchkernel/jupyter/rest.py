@@ -116,6 +116,7 @@ class _Body(Protocol):
 
     def abandon(self) -> None:
         """Do not wait for the rest."""
+        self._done = None
         self._parts.clear()
         if self.transport is not None:
             self.transport.loseConnection()
@@ -219,11 +220,14 @@ class JupyterClient:
         seconds: float = REQUEST_SECONDS,
         absent: bool = False,
     ) -> _Answer | None:
-        """One request that must succeed; ``None`` for 404 if ``absent`` allows it."""
+        """One request that must succeed; ``None`` for what is gone if ``absent`` allows it.
+
+        Gone is 404, and 410 for a session whose kernel went before it.
+        """
         answer = await self.call(method, path, body, seconds=seconds)
         if 200 <= answer.status < 300:
             return answer
-        if absent and answer.status == 404 and not _from_hub(answer):
+        if absent and answer.status in (404, 410) and not _from_hub(answer):
             return None
         raise refusal(answer, self.location)
 
