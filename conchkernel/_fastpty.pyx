@@ -5,7 +5,7 @@ A terminal gives its bytes in pieces of some KiB; here they are read straight be
 one buffer, so that a batch costs one object and no joining.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, EIO, errno
 from libc.stdlib cimport free, malloc
 from posix.unistd cimport read
@@ -93,7 +93,7 @@ cdef tuple _drain_pipe(int fd, Py_ssize_t limit):
     cdef int error = 0
     cdef Py_ssize_t count
     cdef bytes data = PyBytes_FromStringAndSize(NULL, limit)
-    cdef char *buffer = PyBytes_AS_STRING(data)
+    cdef char *buffer = PyBytes_AsString(data)
     with nogil:
         count = _read(fd, buffer, limit, &error)
     if count < 0:

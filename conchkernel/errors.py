@@ -41,7 +41,7 @@ class KernelRefused(JupyterError):
 
 
 class KernelUnsupported(JupyterError):
-    """The kernel cannot carry an agent: it is not Python, or has no control channel of ipykernel."""
+    """The kernel cannot carry an agent: it is not Python, or is no ipykernel."""
 
 
 class LinkLost(JupyterError):

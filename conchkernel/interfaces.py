@@ -88,10 +88,13 @@ class IStreamReceiver(Interface):
     def streamOpened(info: Mapping[str, object]) -> None:
         """The process runs. ``info`` has what the agent tells of it, ``pid`` among it."""
 
-    def streamData(data: bytes) -> None:
-        """Bytes of stdout (of the terminal, if there is one); never beyond the granted limit."""
+    def streamData(data: bytes | memoryview) -> None:
+        """Bytes of stdout (of the terminal, if there is one); never beyond the granted limit.
 
-    def streamExtendedData(data: bytes) -> None:
+        They may be kept; a view may be of a larger message.
+        """
+
+    def streamExtendedData(data: bytes | memoryview) -> None:
         """Bytes of stderr; they count against the same limit as :meth:`streamData`."""
 
     def streamConsumed(count: int) -> None:

@@ -350,7 +350,9 @@ def stream_of_frames(writes: list[tuple[bool, bytes]]) -> bytes:
     return bytes(data)
 
 
-writes = st.lists(st.tuples(st.booleans(), st.binary(min_size=1, max_size=300)), min_size=1, max_size=12)
+writes = st.lists(
+    st.tuples(st.booleans(), st.binary(min_size=1, max_size=300)), min_size=1, max_size=12
+)
 
 
 @given(writes, st.lists(st.integers(1, 60), min_size=1, max_size=8))

@@ -1,7 +1,7 @@
 """Kernels for users: who shares which, when one starts, and when it goes.
 
-:class:`JupyterBackend` gives each user one kernel, shared by that user's connections, and takes it away
-a grace time after the last use. Everything it made it removes when it stops.
+:class:`JupyterBackend` gives each user one kernel, shared by that user's connections, and takes it
+away a grace time after the last use. Everything it made it removes when it stops.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def identity(stateDir: Path) -> bytes:
                 fresh.unlink()
         key = bytes.fromhex(path.read_text("ascii").strip())
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"the state directory {stateDir} cannot be used: {error}") from None
+        raise ConfigurationError(
+            f"the state directory {stateDir} cannot be used: {error}"
+        ) from None
     if len(key) != _IDENTITY_BYTES:
         raise ConfigurationError(f"{path} is damaged; remove it, and a new one is made")
     return key
@@ -138,7 +140,7 @@ class UserKernel:
         if waiting in self._waiting:
             self._waiting.remove(waiting)
 
-    def _started(self, result: None | Failure) -> None:
+    def _started(self, result: Failure | None) -> None:
         self._starting = None
         self._ready = not isinstance(result, Failure)
         waiting, self._waiting = self._waiting, []

@@ -1,8 +1,8 @@
 """What is sent to a kernel so that it can carry an agent: one ``execute_request``.
 
-The sources in :mod:`conchkernel.remote` and :mod:`conchkernel.wire` travel as they are; the first 16
-hex digits of their SHA-256 are their version. In the kernel only the relay is run; what it starts as
-the agent gets the rest through a pipe.
+The sources in :mod:`conchkernel.remote` and :mod:`conchkernel.wire` travel as they are; the first
+16 hex digits of their SHA-256 are their version. In the kernel only the relay is run; what it
+starts as the agent gets the rest through a pipe.
 """
 
 from __future__ import annotations

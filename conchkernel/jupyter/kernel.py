@@ -1,8 +1,8 @@
 """One kernel of the gateway's own, and the carriers that lead through it to its agent.
 
-A :class:`KernelRoad` finds or creates the kernel, connects to its channels, puts the relay in, has the
-agent started, and gives the :class:`~conchkernel.jupyter.link.Link` a carrier. It is asked again
-after each loss, and does whatever of this is missing by then.
+A :class:`KernelRoad` finds or creates the kernel, connects to its channels, puts the relay in, has
+the agent started, and gives the :class:`~conchkernel.jupyter.link.Link` a carrier. It is asked
+again after each loss, and does whatever of this is missing by then.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The gateway's end of the wire: streams for the SSH side, over carriers that come and go.
 
 A :class:`Link` is one session with one agent. It owns the :class:`~conchkernel.wire.Endpoint`, asks
-its ``connect`` for a carrier whenever it has none, attaches, and sends again what was lost. It does not
-know what a carrier is made of: :mod:`conchkernel.jupyter.kernel` brings WebSockets,
-:mod:`conchkernel.testing` a local socket.
+its ``connect`` for a carrier whenever it has none, attaches, and sends again what was lost. It does
+not know what a carrier is made of: :mod:`conchkernel.jupyter.kernel` brings WebSockets,
+:mod:`conchkernel.loopback` a local socket.
 """
 
 from __future__ import annotations
@@ -235,8 +235,17 @@ class Link:
         if not self._complained:
             self._complained = True
             self._log.warn("the link to the kernel's host is lost: {reason}", reason=str(reason))
-        self._giveUp = self._reactor.callLater(self._survivalSeconds, self._gaveUp)
+        self._expectSoon()
         self._again()
+
+    def _expectSoon(self) -> None:
+        """Streams wait for a carrier: not for ever, and not for a long pause between attempts."""
+        if self._giveUp is None:
+            self._giveUp = self._reactor.callLater(self._survivalSeconds, self._gaveUp)
+        if self._retry is not None:
+            self._attempts = 0
+            self._cancel("_retry")
+            self._again()
 
     def _again(self) -> None:
         if self._state is not _State.DETACHED or self._retry is not None:
@@ -363,6 +372,8 @@ class Link:
             )
         else:
             self._streams.add(stream)
+            if self._state is _State.DETACHED:
+                self._expectSoon()
             self.wake()
         return stream
 

@@ -1,1 +1,1 @@
-"""What runs on the kernel's host: standard library only, sent there, readable by its administrator."""
+"""What runs on the kernel's host: sent there, standard library only, readable by its owner."""

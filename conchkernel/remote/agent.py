@@ -1,8 +1,8 @@
 """The agent: a small process on the kernel's host that runs shells and commands for a gateway.
 
-It is started by the relay inside the kernel, detaches, and listens on a Unix socket that only its own
-account can reach. One event loop, no threads, standard library only. It never looks for work: it
-ends at the gateway's word, or when no gateway has been heard for the orphan timeout.
+It is started by the relay inside the kernel, detaches, and listens on a Unix socket that only its
+own account can reach. One event loop, no threads, standard library only. It never looks for work:
+it ends at the gateway's word, or when no gateway has been heard for the orphan timeout.
 """
 
 from __future__ import annotations

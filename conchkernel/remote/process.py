@@ -273,8 +273,9 @@ class Process:
         """RESIZE, SIGNAL, BREAK and STOP."""
         if frame_type == wire.RESIZE and len(payload) == wire.SIZE.size:
             if self._terminal and self._input >= 0:
+                size = _winsize(wire.SIZE.unpack(payload))
                 try:
-                    fcntl.ioctl(self._input, termios.TIOCSWINSZ, _winsize(wire.SIZE.unpack(payload)))
+                    fcntl.ioctl(self._input, termios.TIOCSWINSZ, size)
                 except OSError:
                     pass  # the terminal has hung up; its end is on its way
         elif frame_type == wire.SIGNAL:
@@ -438,8 +439,8 @@ def _put_first_on_path(
         quoted = b"'" + prefix.replace(b"'", b"'\\''") + b"'"
         environment[b"PROMPT_COMMAND"] = b'eval "$_CONCHKERNEL_PATH"'
         environment[b"_CONCHKERNEL_PATH"] = (
-            b'case "$PATH" in ' + quoted + b"|" + quoted + b":*) ;; *) PATH=" + quoted + b":$PATH;; "
-            b'esac; PROMPT_COMMAND="${PROMPT_COMMAND/eval \\"\\$_CONCHKERNEL_PATH\\"/:}"; '
+            b'case "$PATH" in ' + quoted + b"|" + quoted + b":*) ;; *) PATH=" + quoted + b":$PATH;;"
+            b' esac; PROMPT_COMMAND="${PROMPT_COMMAND/eval \\"\\$_CONCHKERNEL_PATH\\"/:}"; '
             b'[ "$PROMPT_COMMAND" != : ] || unset PROMPT_COMMAND; unset _CONCHKERNEL_PATH'
         )
 

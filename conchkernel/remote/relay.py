@@ -2,7 +2,8 @@
 
 It moves messages it does not read. On the control stream's own loop it takes the messages of type
 ``conchkernel`` before ipykernel's dispatcher sees them (that way costs 44 ms a message) and hands
-every other message, and everything it cannot understand, to that dispatcher as if it were not there.
+every other message, and everything it cannot understand, to that dispatcher as if it were not
+there.
 
 One file, standard library only, any Python from 3.8. It lives in ``sys.modules`` under
 ``_conchkernel_relay`` and nowhere in the user's namespace.

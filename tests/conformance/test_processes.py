@@ -207,7 +207,10 @@ async def test_closing_pipes_leaves_the_process_alone(link, tmp_path):
     mark = tmp_path / "mark"
     os.mkfifo(mark)
     collector = Collector()
-    script = f"trap '' PIPE; echo ready; read x < {mark}; echo $x > {mark}.done; mv {mark}.done {mark}.ok"
+    script = (
+        f"trap '' PIPE; echo ready; read x < {mark}; "
+        f"echo $x > {mark}.done; mv {mark}.done {mark}.ok"
+    )
     stream = collector.start(link, ProcessRequest(script.encode()))
     await collector.untilOutput(b"ready")
     stream.close()
