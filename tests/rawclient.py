@@ -162,6 +162,7 @@ class RawClient:
         host: str = "127.0.0.2",
         hostKeys: Any = (HOST_KEY,),
         banner: bytes | None = None,
+        authenticationMethods: Any = (),
         **limits: Any,
     ) -> None:
         if factory is None:
@@ -171,6 +172,7 @@ class RawClient:
                 reactor=Clock(),
                 limits=Limits(**limits),
                 banner=banner,
+                authenticationMethods=authenticationMethods,
             )
         self.factory = factory
         self.clock: Clock = factory.reactor

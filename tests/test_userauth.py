@@ -690,6 +690,52 @@ def test_twoSteps() -> None:
     assert raw.service.authenticatedWith == []
 
 
+def test_requiredSteps() -> None:
+    """As sshd's AuthenticationMethods: a key, and then the token, in this order."""
+    raw = client(authenticationMethods=[(PUBLICKEY, b"password")])
+    raw.auth(b"none")
+    assert raw.read() == [failure(PUBLICKEY)]
+    raw.password(b"tok")
+    assert tried(raw) == [failure(PUBLICKEY)]
+    raw.auth(PUBLICKEY, signed(raw, KEYS["ed25519"]))
+    assert raw.read() == [failure(b"password", partial=True)]
+    raw.auth(PUBLICKEY, signed(raw, KEYS["ed25519"]))
+    assert tried(raw) == [failure(b"password")]
+    raw.password(b"tok")
+    assert raw.read() == [(52, b"")]
+    realm = raw.factory.portal.realm
+    assert len(realm.avatarIds) - realm.logouts == 1
+
+
+def test_stepsBelongToOneUserAndConnection() -> None:
+    """Another name, or another connection, starts from the beginning."""
+    raw = client(authenticationMethods=[(PUBLICKEY, b"password")])
+    raw.auth(PUBLICKEY, signed(raw, KEYS["ed25519"]))
+    raw.read()
+    raw.password(b"tok", b"jim")
+    assert tried(raw) == [failure(PUBLICKEY)]
+    other = RawClient(factory=raw.factory)
+    other.start()
+    other.requestAuth()
+    other.password(b"tok")
+    assert tried(other) == [failure(PUBLICKEY)]
+
+
+def test_severalLists() -> None:
+    """Any one will do; and two keys are two different keys."""
+    raw = client(authenticationMethods=[(PUBLICKEY, PUBLICKEY), (b"keyboard-interactive",)])
+    raw.auth(PUBLICKEY, signed(raw, KEYS["ed25519"]))
+    assert raw.read() == [failure(PUBLICKEY, partial=True)]
+    raw.auth(PUBLICKEY, signed(raw, KEYS["ed25519"]))
+    assert tried(raw) == [failure(PUBLICKEY)]
+    raw.auth(PUBLICKEY, signed(raw, KEYS["ecdsa256"]))
+    assert raw.read() == [(52, b"")]
+    raw = client(authenticationMethods=[(PUBLICKEY, PUBLICKEY), (b"keyboard-interactive",)])
+    raw.auth(b"keyboard-interactive", ASK)
+    raw.send(61, b"\0\0\0\1" + string(b"tok"))
+    assert raw.read()[-1] == (52, b"")
+
+
 def test_goneWhileChecked() -> None:
     """An avatar that comes too late is logged out."""
     waiting: Deferred[Any] = Deferred()

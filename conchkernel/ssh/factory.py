@@ -10,11 +10,11 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from twisted.conch.error import ConchError
 from twisted.conch.ssh.factory import SSHFactory
 from twisted.internet.protocol import Protocol
 from twisted.logger import Logger
 
+from conchkernel.errors import ConfigurationError
 from conchkernel.ssh import hostkeys
 from conchkernel.ssh.connection import GatewayConnection
 from conchkernel.ssh.limits import Limits, Offence, Penalties, dropProbability
@@ -54,6 +54,8 @@ class GatewayFactory(SSHFactory):
     :param hostKeys: private keys, the preferred one first; at most one of a type counts.
     :param reactor: for time.
     :param banner: sent before the first answer about a login.
+    :param authenticationMethods: as sshd's: lists of methods, one of which must succeed from its
+        first to its last method; without any list one method is enough.
     :param hostCertificates: blobs of :func:`conchkernel.ssh.hostkeys.loadCertificate`.
     :ivar limits: what connections and their channels may ask for.
     """
@@ -76,13 +78,17 @@ class GatewayFactory(SSHFactory):
         limits: Limits = DEFAULT_LIMITS,
         banner: bytes | None = None,
         hostCertificates: Sequence[bytes] = (),
+        authenticationMethods: Sequence[Sequence[bytes]] = (),
     ) -> None:
         if not hostKeys:
-            raise ConchError("a server needs a host key")
+            raise ConfigurationError("A server needs a host key.")
         self.portal = portal
         self.reactor = reactor
         self.limits = limits
         self.banner = banner
+        if not all(authenticationMethods):
+            raise ConfigurationError("A list of authentication methods is empty.")
+        self.authenticationMethods = tuple(map(tuple, authenticationMethods))
         self.random = random.random
         self.penalties = Penalties(limits)
         self.primes = None

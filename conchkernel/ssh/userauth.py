@@ -43,7 +43,7 @@ from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, names,
 from conchkernel.ssh.userkeys import KeyRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 #: What comes after authentication. There is nothing else.
 _NEXT_SERVICE = b"ssh-connection"
@@ -72,6 +72,11 @@ class _Request:
     method: bytes
     rest: bytes
     """What the method adds."""
+
+    @property
+    def name(self) -> bytes:
+        """The method as lists of methods have it."""
+        return b"publickey" if self.method == _HOSTBOUND else self.method
 
 
 class _Answered(Exception):
@@ -119,9 +124,20 @@ class GatewayUserAuth(SSHUserAuthServer):
             self._methods[b"password"] = self._password
         if IAnonymous in interfaces:
             self._methods[b"none"] = self._none
+        self._steps: Sequence[Sequence[bytes]] = factory.authenticationMethods
+        self._usedKeys: set[bytes] = set()
+        self._listMethods()
+
+    def _listMethods(self) -> None:
+        """What a client is told that it may try."""
         self.supportedAuthentications = [
-            name for name in self._methods if name not in (_HOSTBOUND, b"none")
+            name
+            for name in self._methods
+            if name not in (_HOSTBOUND, b"none") and self._mayTry(name)
         ]
+
+    def _mayTry(self, name: bytes) -> bool:
+        return not self._steps or any(steps[0] == name for steps in self._steps)
 
     def serviceStopped(self) -> None:
         """The client is in, or gone."""
@@ -189,6 +205,9 @@ class GatewayUserAuth(SSHUserAuthServer):
         if request.user != self.user:
             self.user = request.user
             self.authenticatedWith = []
+            self._steps = self.transport.factory.authenticationMethods
+            self._usedKeys.clear()
+            self._listMethods()
         if not self._bannerSent:
             self._bannerSent = True
             self.transport.sendPacket(
@@ -196,10 +215,12 @@ class GatewayUserAuth(SSHUserAuthServer):
             )
         started = self._reactor.seconds()
         method = self._methods.get(request.method, self._unknown)
+        if not self._mayTry(request.name):
+            method = self._unknown
         try:
             await method(request)
         except NotEnoughAuthentication:
-            self.authenticatedWith.append(request.method)
+            self.authenticatedWith.append(request.name)
             self._sendFailure(partial=True)
         except _Abandoned:
             self._count(request, "abandoned")
@@ -339,8 +360,14 @@ class GatewayUserAuth(SSHUserAuthServer):
             )
         )
         message = userkeys.signed(key, algorithm, signature, message)
+        if blob in self._usedKeys:
+            raise KeyRefused("this key has proved one step already")
         credentials = SSHPrivateKey(request.user, algorithm, blob, message, signature)
-        await self._login(credentials, request)
+        try:
+            await self._login(credentials, request)
+        except NotEnoughAuthentication:
+            self._usedKeys.add(blob)
+            raise
 
     async def _probe(self, credentials: SSHPrivateKey) -> None:
         """Ask the checker about a key without a signature.
@@ -361,6 +388,10 @@ class GatewayUserAuth(SSHUserAuthServer):
         if self._isOver():
             logout()
             return
+        if not self._wasLastStep(request.name):
+            # The last step has its own avatar; this one is only a proof.
+            logout()
+            raise NotEnoughAuthentication
         service = self.transport.factory.services[_NEXT_SERVICE]()
         self._log.info(
             "{peer}: {user!r} logged in by {method}",
@@ -369,3 +400,14 @@ class GatewayUserAuth(SSHUserAuthServer):
             method=request.method.decode("ascii"),
         )
         self.transport.authenticated(avatar, logout, service)
+
+    def _wasLastStep(self, name: bytes) -> bool:
+        """Go one step further where several are required (sshd's AuthenticationMethods)."""
+        if not self._steps:
+            return True
+        left = [steps[1:] for steps in self._steps if steps[0] == name]
+        if not all(left):
+            return True
+        self._steps = left
+        self._listMethods()
+        return False
