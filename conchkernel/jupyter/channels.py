@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ class KernelChannels(ShortPathWebSocket):
         self._legacy = False
         self._count = 0
         self._nonce = secrets.token_hex(8)
+        self._quickAck: Callable[[], None] | None = None
         self._session = session_id
         self._headerEnd = (
             f'","msg_type":"{framing.CARRIER_TYPE}","username":"","session":"{session_id}",'
@@ -119,6 +121,8 @@ class KernelChannels(ShortPathWebSocket):
         """Whether what was sent has left for the network; no reason to refuse, one to wait."""
         self.on_paused: Callable[[], None] | None = None
         self.on_resumed: Callable[[], None] | None = None
+        self.on_restarted: Callable[[], None] | None = None
+        """Called when the kernel behind the connection is another process than before."""
 
     def __repr__(self) -> str:
         framing_ = "legacy" if self._legacy else "v1"
@@ -155,7 +159,7 @@ class KernelChannels(ShortPathWebSocket):
                 if self._onLost is not None:
                     self._onCarrier(data[buffer:end])
                 return
-        if not self._requests:
+        if not self._requests and self.on_restarted is None:
             return
         try:
             if self._legacy:
@@ -166,8 +170,21 @@ class KernelChannels(ShortPathWebSocket):
                 return
             if message.channel in ("shell", "control"):
                 self._replied(message)
+            elif message.channel == "iopub" and self.on_restarted is not None:
+                self._noticed(message, self.on_restarted)
         except FramingError as error:
             self._log.warn("a message was dropped: {reason}", reason=str(error))
+
+    def _noticed(self, message: Message, restarted: Callable[[], None]) -> None:
+        """A kernel says of itself when it begins; after our first words that is a new one."""
+        if b'"status"' not in message.header:
+            return
+        try:
+            state = json.loads(message.content).get("execution_state")
+        except (ValueError, AttributeError, RecursionError):
+            return
+        if state in ("starting", "restarting", "dead"):
+            restarted()
 
     # --- the connection ----------------------------------------------------------------------
 
@@ -179,6 +196,7 @@ class KernelChannels(ShortPathWebSocket):
             self.transport.setTcpNoDelay(True)
         except (AttributeError, OSError):
             pass  # not TCP
+        self._quickAck = _quick_ack(self.transport)
         transport_of(self).bufferSize = BUFFER_BYTES
         self.transport.registerProducer(_Backlog(self), True)
         self._ping = self._reactor.callLater(PING_SECONDS, self._sendPing)
@@ -189,6 +207,10 @@ class KernelChannels(ShortPathWebSocket):
         """Bytes from the transport."""
         self._heard = True
         super().dataReceived(data)
+        if self._quickAck is not None:
+            # The server leaves Nagle on: its second small message waits for our ACK of the first,
+            # and the system delays that by 40 ms. The option does not stay set.
+            self._quickAck()
 
     def _sendPing(self) -> None:
         self._heard = False
@@ -356,6 +378,25 @@ class KernelChannels(ShortPathWebSocket):
                 answer.errback(error)
             else:
                 answer.callback(content)
+
+
+def _quick_ack(transport: Any) -> Callable[[], None] | None:
+    """What sends the ACK that a TCP transport owes; ``None`` where there is no way (not Linux)."""
+    option = getattr(socket, "TCP_QUICKACK", None)
+    try:
+        handle = transport.getHandle()
+    except AttributeError:
+        return None
+    if option is None or not isinstance(handle, socket.socket):
+        return None
+
+    def acknowledge() -> None:
+        try:
+            handle.setsockopt(socket.IPPROTO_TCP, option, 1)
+        except OSError:
+            pass  # closed while its last bytes were read
+
+    return acknowledge
 
 
 def _now() -> str:

@@ -135,8 +135,15 @@ class KernelCarrier:
             self._started = None
         if "error" in answer:
             raise KernelUnsupported(str(answer["error"])[:300])
+        # From here on a kernel that begins is not the one that holds the relay.
+        channels.on_restarted = self._restarted
         self._keepAlive.clock = reactor
         self._keepAlive.start(KEEP_ALIVE_SECONDS, now=False)
+
+    def _restarted(self) -> None:
+        channels = self._channels
+        if channels is not None:
+            self.lost(LinkLost("the kernel was restarted"))
 
     def _sayAlive(self) -> None:
         if self._channels is not None:

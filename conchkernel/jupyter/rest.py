@@ -275,7 +275,8 @@ class JupyterClient:
             2.15 ignore it: the model then has another id, and its kernel is a new one each time.
         :raises KernelRefused: with the server's reason.
         """
-        body: dict[str, str] = {}
+        # The empty path is the server's root directory, where notebooks begin too.
+        body: dict[str, str] = {"path": ""}
         if name is not None:
             body["name"] = name
         if kernel_id is not None:
