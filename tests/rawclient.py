@@ -215,6 +215,9 @@ class RawClient:
         if not self.greeting:
             self.greeting, _, data = data.partition(b"\r\n")
         self.inbound.feed(data)
+        return self._parse()
+
+    def _parse(self) -> list[tuple[int, bytes]]:
         messages = []
         while (packet := self.inbound.next()) is not None:
             message = packet[1], packet[2 : -packet[0]]

@@ -825,6 +825,17 @@ def test_stuckCloseIsCutOff() -> None:
     assert raw.tcp.closed == "aborted"
 
 
+def test_talkAfterTheEnd() -> None:
+    """What was on its way is thrown away; an endless stream is cut off."""
+    raw = client().login()
+    raw.server.loseConnection()
+    for _ in range(4):
+        raw.write(bytes(1 << 20))
+    assert raw.tcp.closed == "half"
+    raw.write(b"x")
+    assert raw.tcp.closed == "aborted"
+
+
 def test_allEndsWithTheConnection() -> None:
     """Service, avatar and timers; also when each of them fails."""
     raw = client().login()

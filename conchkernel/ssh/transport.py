@@ -61,6 +61,8 @@ _MAXIMUM_VERSION_BYTES = 1024
 _MAXIMUM_EARLY_MESSAGES = 256
 #: Extensions in one EXT_INFO; OpenSSH's bound.
 _MAXIMUM_EXTENSIONS = 1024
+#: From a peer that was told that it is over. What was on its way already is within a window.
+_MAXIMUM_DISCARDED_BYTES = 4 * 1024 * 1024
 #: As much is read from the TCP transport at once, and held by it before it pauses us.
 _TCP_BUFFER_BYTES = 256 * 1024
 #: Packets under one set of keys; OpenSSH's bound, well before sequence numbers repeat.
@@ -103,6 +105,7 @@ class GatewayTransport(OutgoingPackets):
         # Whether messages 80 to 127 go straight to the service.
         self._open = False
         self._earlyMessages = 0
+        self._discardedBytes = 0
         self._offence: Offence | None = None
         self._receive: Callable[[int, bytes], object] = self._noService
         self._graceCall: IDelayedCall | None = None
@@ -190,6 +193,7 @@ class GatewayTransport(OutgoingPackets):
     def dataReceived(self, data: bytes) -> None:
         """Take what TCP brings: the version line, then packets, in pieces of any size."""
         if self._closing:
+            self._discard(len(data))
             return
         try:
             if not self.gotVersion:
@@ -533,6 +537,12 @@ class GatewayTransport(OutgoingPackets):
         half = getattr(self.transport, "loseWriteConnection", self.transport.loseConnection)
         half()
         self._closeCall = self.factory.reactor.callLater(_CLOSE_SECONDS, self._cutOff)
+
+    def _discard(self, count: int) -> None:
+        """Data that came after the end; a peer that goes on and on is not waited for."""
+        self._discardedBytes += count
+        if self._discardedBytes > _MAXIMUM_DISCARDED_BYTES:
+            self._cutOff()
 
     def _cutOff(self) -> None:
         self.transport.abortConnection()
