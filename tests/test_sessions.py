@@ -361,6 +361,30 @@ def test_outputMayEndLongBeforeTheProcess(rig: Rig) -> None:
     assert channel.events == ["data", "eof", ("exit-status", b"\0\0\0\3"), "close"]
 
 
+@pytest.mark.parametrize("pty", [False, True])
+def test_closeBetweenOutputsEndAndTheStatus(rig: Rig, pty: bool) -> None:
+    """A client that closes once all output is there still learns how the process ended."""
+    channel = rig.run(pty=pty)
+    rig.stream.putEOF()
+    rig.client.close(channel)
+    assert channel.events == ["eof"]
+    assert rig.stream.inputEOF
+    assert rig.stream.calls == ([("signal", "HUP")] if pty else [])
+    rig.stream.end(ExitStatus(3))
+    assert channel.events == ["eof", ("exit-status", b"\0\0\0\3"), "close"]
+    assert rig.client.connection.channels == {}
+
+
+def test_closeBetweenOutputsEndAndALostRoad(rig: Rig) -> None:
+    """Where no status comes, CLOSE does."""
+    channel = rig.run()
+    rig.stream.putEOF()
+    rig.client.close(channel)
+    rig.stream.lose(LinkLost("the road is gone"))
+    assert channel.events == ["eof", "close"]
+    assert rig.client.connection.channels == {}
+
+
 def test_endThatNobodyKnows(rig: Rig) -> None:
     """A stream that closes without an exit leaves no status to be invented."""
     channel = rig.run()

@@ -27,7 +27,7 @@ from conchkernel.interfaces import (
     PtyRequest,
     WindowSize,
 )
-from conchkernel.ssh.channel import CREDIT_CAP_BYTES, GatewayChannel
+from conchkernel.ssh.channel import CREDIT_CAP_BYTES, GatewayChannel, Outgoing
 from conchkernel.ssh.fields import Fields, string
 from conchkernel.ssh.ttymodes import parseModes
 
@@ -284,7 +284,7 @@ class SessionChannel(GatewayChannel):
     streamConsumed = GatewayChannel.consumed
     streamEOF = GatewayChannel.writeEOF
 
-    def streamExtendedData(self, data: bytes) -> None:
+    def streamExtendedData(self, data: bytes | memoryview) -> None:
         """Bytes of stderr."""
         self.writeExtended(EXTENDED_DATA_STDERR, data)
 
@@ -342,7 +342,17 @@ class SessionChannel(GatewayChannel):
         self._giveUp()
 
     def closeReceived(self) -> None:
-        """The client gives the session up; a terminal hangs up, pipes close."""
+        """The client gives the session up; a terminal hangs up, pipes close.
+
+        OpenSSH's client closes as soon as both directions are at their ends, which may be before
+        the process has been reaped, and it still wants the status: so our CLOSE waits for that.
+        """
+        stream = self._stream
+        if stream is not None and self._outgoing is Outgoing.EOF and not self._queue:
+            self.eofReceived()
+            if self._pty is not None:
+                stream.signal("HUP")
+            return
         self.stage = Stage.ENDED
         super().closeReceived()
 
