@@ -266,7 +266,11 @@ class JupyterBackend:
         done = Deferred.fromCoroutine(kernel.stop())
         done.addErrback(lambda failure: self._log.failure("removing a kernel", failure))
         self._ending[user] = done
-        done.addBoth(lambda _: self._ending.pop(user, None))
+
+        def ended(_: object) -> None:
+            self._ending.pop(user, None)
+
+        done.addBoth(ended)
 
     async def ended(self, user: str) -> None:
         """Wait for the end of a former kernel of this user, if there is one on its way."""
@@ -302,6 +306,6 @@ class JupyterBackend:
             road.carry,
             secret,
             defaults={"shell": self._shell, "directory": self._workingDir},
-            pingSeconds=min(10.0, self._orphanTimeout / 4),
+            pingSeconds=min(5.0, self._orphanTimeout / 4),
         )
         return road, link

@@ -176,7 +176,10 @@ class KernelChannels(ShortPathWebSocket):
             self._log.warn("a message was dropped: {reason}", reason=str(error))
 
     def _noticed(self, message: Message, restarted: Callable[[], None]) -> None:
-        """A kernel says of itself when it begins; after our first words that is a new one."""
+        """A kernel says of itself when it ends, and when it begins: that is another one then."""
+        if b'"shutdown_reply"' in message.header:
+            restarted()
+            return
         if b'"status"' not in message.header:
             return
         try:

@@ -64,7 +64,7 @@ def install(packed, version):
     name = "_conchkernel_relay"
     module = sys.modules.get(name)
     relay = getattr(module, "relay", None)
-    if relay is None or relay.version != version:
+    if relay is None or not relay.installed or relay.version != version:
         fresh = types.ModuleType(name)
         fresh.relay = relay
         exec(compile(sources.pop("relay"), name, "exec"), fresh.__dict__)

@@ -22,12 +22,18 @@ from conchkernel.jupyter import injection
 from conchkernel.jupyter.channels import KernelChannels, connect_channels
 
 if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
     from conchkernel.jupyter.link import CarrierUser
     from conchkernel.jupyter.rest import JupyterClient, KernelModel
 
 #: A kernel on a busy host may take this long to answer its first request.
 KERNEL_SECONDS = 60.0
+#: Later, with streams waiting, one that does not answer may be on its way out: look again.
+AGAIN_SECONDS = 10.0
 START_SECONDS = 30.0
+#: A kernel that has said goodbye still looks alive to its server for so long.
+ENDING_SECONDS = 1.0
 #: Traffic on the fast path does not count as activity for cullers; this does.
 KEEP_ALIVE_SECONDS = 60.0
 
@@ -40,6 +46,7 @@ class KernelCarrier:
         self._channels: KernelChannels | None = None
         self._started: Deferred[dict[str, Any]] | None = None
         self._keepAlive = LoopingCall(self._sayAlive)
+        self._leaving: IDelayedCall | None = None
 
     # --- the link's side ---------------------------------------------------------------------
 
@@ -58,6 +65,8 @@ class KernelCarrier:
         self._user = None
         if self._keepAlive.running:
             self._keepAlive.stop()
+        if self._leaving is not None and self._leaving.active():
+            self._leaving.cancel()
         channels, self._channels = self._channels, None
         if channels is not None:
             channels.close()
@@ -94,10 +103,16 @@ class KernelCarrier:
     # --- making it ---------------------------------------------------------------------------
 
     async def open(
-        self, reactor: Any, client: JupyterClient, kernel_id: str, start: dict[str, Any]
+        self,
+        reactor: Any,
+        client: JupyterClient,
+        kernel_id: str,
+        start: dict[str, Any],
+        patience: float,
     ) -> None:
         """Connect, inject, start the agent.
 
+        :param patience: seconds for each of the kernel's answers.
         :raises JupyterError: with a sentence.
         """
         channels = await connect_channels(
@@ -109,7 +124,7 @@ class KernelCarrier:
         )
         channels.on_resumed = self.resumed
         self._channels = channels
-        info = await channels.request("shell", "kernel_info_request", {}, KERNEL_SECONDS)
+        info = await channels.request("shell", "kernel_info_request", {}, patience)
         language = (info.get("language_info") or {}).get("name")
         if language != "python":
             raise KernelUnsupported(
@@ -117,7 +132,7 @@ class KernelCarrier:
                 "choose a Python kernel with --kernel-name"
             )
         reply = await channels.request(
-            "shell", "execute_request", injection.injection(), KERNEL_SECONDS
+            "shell", "execute_request", injection.injection(), patience
         )
         injection.check(reply)
         started: Deferred[dict[str, Any]] = Deferred()
@@ -141,9 +156,10 @@ class KernelCarrier:
         self._keepAlive.start(KEEP_ALIVE_SECONDS, now=False)
 
     def _restarted(self) -> None:
-        channels = self._channels
-        if channels is not None:
-            self.lost(LinkLost("the kernel was restarted"))
+        if self._leaving is None and self._channels is not None:
+            self._leaving = self._keepAlive.clock.callLater(
+                ENDING_SECONDS, self.lost, LinkLost("the kernel was restarted")
+            )
 
     def _sayAlive(self) -> None:
         if self._channels is not None:
@@ -182,6 +198,7 @@ class KernelRoad:
             "secret": secret,
             "options": {"orphan_timeout": orphanTimeout},
         }
+        self._patience = KERNEL_SECONDS
         self._kernel: str | None = None
         self._sessionId: str | None = None
 
@@ -193,10 +210,13 @@ class KernelRoad:
         kernel_id = await self._ensureKernel()
         carrier = KernelCarrier(user)
         try:
-            await carrier.open(self._reactor, self._client, kernel_id, self._start)
+            await carrier.open(
+                self._reactor, self._client, kernel_id, self._start, self._patience
+            )
         except BaseException:
             carrier.close()
             raise
+        self._patience = AGAIN_SECONDS
         return carrier
 
     async def _ensureKernel(self) -> str:

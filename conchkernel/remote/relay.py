@@ -50,10 +50,12 @@ class Relay:
     :param kernel: the ipykernel ``Kernel``.
     :param sources: what an agent is started with: ``boot`` (code) and ``modules``.
     :param version: of the sources; a relay of another version replaces this one.
+    :ivar installed: whether it stands before the dispatcher.
     """
 
     def __init__(self, kernel: Any, sources: dict[str, Any], version: str) -> None:
         self.version = version
+        self.installed = False
         self._zmq: Any = importlib.import_module("zmq")  # the kernel's own
         self._kernel = kernel
         self._sources = sources
@@ -75,12 +77,16 @@ class Relay:
 
     def install(self) -> None:
         """Step in front of the dispatcher. Called on the control loop's thread."""
+        self.installed = True
         self._original = self._stream._recv_callback
         self._copy = self._stream._recv_copy
         self._stream.on_recv(self._received, copy=False)
 
     def uninstall(self) -> None:
         """Step aside and hang up on the agent. Called on the control loop's thread."""
+        if not self.installed:
+            return
+        self.installed = False
         self._stream.on_recv(self._original, copy=self._copy)
         for client in list(self._clients.values()):
             client.close()
@@ -405,7 +411,7 @@ def install(sources: dict[str, Any], version: str) -> None:
         raise RuntimeError("this kernel has no control stream of ipykernel")
     module = sys.modules[__name__]
     former = getattr(module, "relay", None)
-    if former is not None and former.version == version and former._stream is stream:
+    if former is not None and former.installed and former.version == version:
         return
     relay = Relay(kernel, sources, version)
     done = threading.Event()
