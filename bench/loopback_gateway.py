@@ -1,0 +1,49 @@
+"""A gateway over :class:`conchkernel.loopback.LoopbackBackend`: the same road without Jupyter.
+
+Arguments: port, state directory, authorized_keys file, ``compiled`` or ``pure``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from twisted.cred.portal import Portal
+from twisted.internet import reactor as installed
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.python.failure import Failure
+
+from conchkernel import AuthorizedKeysChecker, GatewayFactory, KernelRealm
+from conchkernel.loopback import LoopbackBackend
+from conchkernel.ssh import hostkeys
+
+
+def main(port: str, state: str, keys: str, pump: str) -> None:
+    """Serve until SIGTERM."""
+    reactor: Any = installed
+    backend = LoopbackBackend(reactor, compiled=pump == "compiled")
+    portal = Portal(KernelRealm(backend), [AuthorizedKeysChecker([Path(keys)])])
+    factory = GatewayFactory(portal, [hostkeys.loadOrCreate(Path(state))], reactor=reactor)
+
+    async def serve() -> None:
+        await backend.start()
+        await TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1").listen(factory)
+
+    def failed(failure: Failure) -> None:
+        failure.printTraceback()
+        reactor.stop()
+
+    def begin() -> None:
+        Deferred.fromCoroutine(serve()).addErrback(failed)
+
+    reactor.callWhenRunning(begin)
+    reactor.addSystemEventTrigger(
+        "before", "shutdown", lambda: Deferred.fromCoroutine(backend.stop())
+    )
+    reactor.run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
