@@ -6,6 +6,7 @@ import base64
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,7 +32,6 @@ from tests.rawclient import KEXINIT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
 BULK = os.urandom(3_000_000)
 TOKEN = "open sesame"
@@ -321,6 +321,35 @@ async def test_limitsBehindAProxy(openDoor: Callable[..., Deferred[Door]]) -> No
         pass
     assert b"too many offences" not in await knock("192.0.2.2")
     assert b"too many offences" in await knock("192.0.2.1")
+
+
+# --- ssh-audit -------------------------------------------------------------------------------
+
+POLICY = str(Path(__file__).parent.parent / "ssh-audit.policy")
+AUDIT = [sys.executable, "-m", "ssh_audit.ssh_audit", "--no-colors", "--skip-rate-test"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_sshAuditPolicy(door: Door) -> None:
+    """All that is offered is what the policy names."""
+    words = [*AUDIT, "-p", str(door.port), "-P", POLICY, "127.0.0.1"]
+    out, log, status = await door.run(words, b"")
+    assert status == 0, out.decode() + log
+
+
+@pytest_twisted.ensureDeferred
+async def test_sshAuditFindings(openDoor: Callable[..., Deferred[Door]]) -> None:
+    """No failure, and no warning but the exchange for clients without the hybrid one.
+
+    That is with the limits as they are by default, and several times in a row.
+    """
+    door = await openDoor(limits=Limits())
+    for _ in range(4):
+        words = [*AUDIT, "-p", str(door.port), "-l", "warn", "127.0.0.1"]
+        out, log, _ = await door.run(words, b"")
+        found = [line for line in out.decode().splitlines() if line and line[0] != "#"]
+        assert found, log
+        assert all(line.startswith("(kex) curve25519-sha256") for line in found), found
 
 
 # --- asyncssh --------------------------------------------------------------------------------
