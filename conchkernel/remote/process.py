@@ -287,7 +287,9 @@ class Process:
                 termios.tcsendbreak(self._input, 0)
             except termios.error:
                 pass
-        elif frame_type == wire.STOP and not self._terminal:
+        elif frame_type == wire.STOP:
+            # A pipe's writer meets its end; a terminal fills up and its writer waits, as under
+            # sshd, where a typed interrupt still ends it.
             for fd in list(self._outputs):
                 self._close_output(fd)
 

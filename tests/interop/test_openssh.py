@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .conftest import PATIENCE, Ran, quoted, read_until, until
+from .conftest import PATIENCE, GatewayHost, Ran, quoted, read_until, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .conftest import GatewayHost, Host
+    from .conftest import Host
 
 #: termios has no name for it before Python 3.14.
 IUTF8 = 0x4000
@@ -339,6 +339,17 @@ def test_a_reader_that_leaves(host: Host) -> None:
     ran = host.run(["bash", "-c", f"{words} | head -1; echo ${{PIPESTATUS[0]}}"])
     assert ran.text.split() == [mark, "255"]
     until(lambda: not processes_with(mark), "yes has ended")
+
+
+def test_a_reader_that_leaves_a_terminal(host: Host) -> None:
+    """``ssh -t host yes | head -1``: the writer stands still, and can be interrupted."""
+    with host.started("-tt", "yes") as client:
+        read_until(client.stdout, b"y\r\n")
+        client.stdout.close()
+        if isinstance(host, GatewayHost):
+            host.road().until_quiet()
+        client.stdin.write(b"\x03")
+        assert client.wait(PATIENCE) == 255
 
 
 @pytest.fixture(scope="module")
