@@ -24,7 +24,8 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from conchkernel.ssh import ciphers, kex
-from conchkernel.ssh.exchange import MSG_KEXINIT
+from conchkernel.ssh.algorithms import Algorithms
+from conchkernel.ssh.exchange import DEFAULT_ALGORITHMS, MSG_KEXINIT
 from conchkernel.ssh.factory import GatewayFactory
 from conchkernel.ssh.fields import Fields, mpint, string
 from conchkernel.ssh.kex import KexInit
@@ -163,6 +164,7 @@ class RawClient:
         hostKeys: Any = (HOST_KEY,),
         banner: bytes | None = None,
         authenticationMethods: Any = (),
+        algorithms: Algorithms = DEFAULT_ALGORITHMS,
         **limits: Any,
     ) -> None:
         if factory is None:
@@ -173,6 +175,7 @@ class RawClient:
                 limits=Limits(**limits),
                 banner=banner,
                 authenticationMethods=authenticationMethods,
+                algorithms=algorithms,
             )
         self.factory = factory
         self.clock: Clock = factory.reactor

@@ -277,3 +277,13 @@ def test_unknownClientsAreOfferedAll() -> None:
 def test_badTagHasItsReasonCode() -> None:
     """A forged packet ends the connection with MAC_ERROR."""
     assert BadTag().code == 5
+
+
+def test_offerOfWhatIsAllowed() -> None:
+    """An operator's choice narrows the offer, and nothing widens it."""
+    allowed = ciphers.Offer((b"aes256-ctr", b"aes256-gcm@openssh.com"), ETM[1:])
+    assert ciphers.offer(GCM, ETM, allowed) == ciphers.Offer(GCM[1:], ETM[1:])
+    assert ciphers.offer([b"aes256-ctr", GCM[0]], ETM, allowed).ciphers == (b"aes256-ctr",)
+    assert ciphers.offer([GCM[0]], ETM, allowed).ciphers == allowed.ciphers
+    assert ciphers.offer(None, (), allowed) == allowed
+    assert ciphers.offer([b"aes256-ctr"], [b"hmac-sha2-256"], allowed).macs == ETM[1:]

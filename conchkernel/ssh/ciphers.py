@@ -84,7 +84,10 @@ _GCM = (b"aes128-gcm@openssh.com", b"aes256-gcm@openssh.com")
 _CHACHA = (b"chacha20-poly1305@openssh.com",)
 _CTR = (b"aes128-ctr", b"aes192-ctr", b"aes256-ctr")
 _ETM = tuple(name for name, mac in MACS.items() if mac.etm)
-_NOT_ETM = tuple(name for name, mac in MACS.items() if not mac.etm)
+
+
+#: What clients may choose from, the cheapest for us first.
+_FAMILIES = (_GCM, _CHACHA + _CTR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +98,29 @@ class Offer:
     macs: tuple[bytes, ...]
 
 
-def offer(ciphers: Sequence[bytes] | None, macs: Sequence[bytes] = ()) -> Offer:
+#: All that there is.
+EVERYTHING = Offer(tuple(CIPHERS), tuple(MACS))
+
+
+def offer(
+    ciphers: Sequence[bytes] | None, macs: Sequence[bytes] = (), allowed: Offer = EVERYTHING
+) -> Offer:
     """The fastest safe offer to a client.
 
     :param ciphers: the names in the client's KEXINIT, or ``None`` while it has sent none.
     :param macs: likewise. Those that cover only the plaintext are offered to nobody who has
         anything better.
+    :param allowed: what may be offered at all.
     """
+    etm = tuple(name for name in _ETM if name in allowed.macs)
     if ciphers is None:
-        return Offer(_GCM + _CHACHA + _CTR, _ETM)
-    offered_macs = _ETM if any(name in macs for name in _ETM) else _ETM + _NOT_ETM
-    if any(name in ciphers for name in _GCM):
-        return Offer(_GCM, offered_macs)
-    return Offer(_CHACHA + _CTR, offered_macs)
+        return Offer(allowed.ciphers, etm)
+    offered_macs = etm if any(name in macs for name in etm) else allowed.macs
+    for family in _FAMILIES:
+        usable = tuple(name for name in family if name in allowed.ciphers)
+        if any(name in ciphers for name in usable):
+            return Offer(usable, offered_macs)
+    return Offer(allowed.ciphers, offered_macs)
 
 
 def make_sealer(cipher: bytes, mac: bytes, derive: Derive) -> Sealer:

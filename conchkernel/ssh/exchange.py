@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conchkernel.ssh import ciphers, kex
+from conchkernel.ssh.algorithms import Algorithms
 from conchkernel.ssh.fields import Fields, ProtocolError, string
 from conchkernel.ssh.kex import Agreement, KexInit
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from twisted.conch.ssh.keys import Key
 
     from conchkernel.ssh.sealing import Opener, Sealer
+
+DEFAULT_ALGORITHMS = Algorithms()
 
 MSG_DISCONNECT = 1
 MSG_IGNORE = 2
@@ -74,6 +77,7 @@ class KeyExchange:
     :param version: our version line, without its end.
     :param host_keys: for each signature algorithm the public blob and the private key, the
         preferred one first.
+    :param algorithms: what may be negotiated.
     :ivar client_version: the client's version line; set before its first message.
     :ivar strict: both sides reset their sequence numbers at each NEWKEYS.
     :ivar extensions: the client wants to hear of extensions (RFC 8308).
@@ -82,7 +86,12 @@ class KeyExchange:
     :ivar keyed: the client's first NEWKEYS was here.
     """
 
-    def __init__(self, version: bytes, host_keys: Mapping[bytes, tuple[bytes, Key]]) -> None:
+    def __init__(
+        self,
+        version: bytes,
+        host_keys: Mapping[bytes, tuple[bytes, Key]],
+        algorithms: Algorithms = DEFAULT_ALGORITHMS,
+    ) -> None:
         self.client_version = b""
         self.phase = Phase.IDLE
         self.strict = False
@@ -93,7 +102,8 @@ class KeyExchange:
         self.agreement: Agreement | None = None
         self._version = version
         self._host_keys = host_keys
-        self._offer = ciphers.offer(None)
+        self._algorithms = algorithms
+        self._offer = ciphers.offer(None, (), algorithms.offer)
         self._ours: KexInit | None = None
         self._our_payload = b""
         self._their_payload = b""
@@ -131,7 +141,7 @@ class KeyExchange:
         markers = (kex.EXT_INFO_SERVER, kex.STRICT_SERVER) if self.session_id is None else ()
         offer = self._offer
         self._ours = KexInit(
-            kex.METHODS + markers,
+            self._algorithms.kexAlgorithms + markers,
             tuple(self._host_keys),
             offer.ciphers,
             offer.ciphers,
@@ -161,7 +171,7 @@ class KeyExchange:
         answer = None
         if self.phase is Phase.IDLE:
             both = [name for name in theirs.ciphers_in if name in theirs.ciphers_out]
-            self._offer = ciphers.offer(both, theirs.macs_in)
+            self._offer = ciphers.offer(both, theirs.macs_in, self._algorithms.offer)
             answer = self.begin()
         self._their_payload = bytes((MSG_KEXINIT,)) + payload
         assert self._ours is not None

@@ -17,6 +17,7 @@ from twisted.logger import Logger
 from conchkernel.errors import ConfigurationError
 from conchkernel.ssh import hostkeys
 from conchkernel.ssh.connection import GatewayConnection
+from conchkernel.ssh.exchange import DEFAULT_ALGORITHMS
 from conchkernel.ssh.limits import Limits, Offence, Penalties, dropProbability
 from conchkernel.ssh.transport import GatewayTransport
 from conchkernel.ssh.userauth import GatewayUserAuth
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from twisted.cred.portal import Portal
     from twisted.internet.interfaces import IAddress
 
+    from conchkernel.ssh.algorithms import Algorithms
     from conchkernel.ssh.limits import IPNetwork
 
 #: While connections are refused, this often at most the log says so.
@@ -56,6 +58,7 @@ class GatewayFactory(SSHFactory):
     :param banner: sent before the first answer about a login.
     :param authenticationMethods: as sshd's: lists of methods, one of which must succeed from its
         first to its last method; without any list one method is enough.
+    :param algorithms: what may be negotiated.
     :param hostCertificates: blobs of :func:`conchkernel.ssh.hostkeys.loadCertificate`.
     :ivar limits: what connections and their channels may ask for.
     """
@@ -79,6 +82,7 @@ class GatewayFactory(SSHFactory):
         banner: bytes | None = None,
         hostCertificates: Sequence[bytes] = (),
         authenticationMethods: Sequence[Sequence[bytes]] = (),
+        algorithms: Algorithms = DEFAULT_ALGORITHMS,
     ) -> None:
         if not hostKeys:
             raise ConfigurationError("A server needs a host key.")
@@ -86,6 +90,7 @@ class GatewayFactory(SSHFactory):
         self.reactor = reactor
         self.limits = limits
         self.banner = banner
+        self.algorithms = algorithms
         if not all(authenticationMethods):
             raise ConfigurationError("A list of authentication methods is empty.")
         self.authenticationMethods = tuple(map(tuple, authenticationMethods))

@@ -130,7 +130,8 @@ def agree(client: KexInit, server: KexInit) -> Agreement:
         raise KeyExchangeFailed(f"no {what} in common")
 
     # The markers stand in both lists only if a client echoes ours; then they must not be chosen.
-    method = first("key exchange method", client.methods, METHODS)
+    methods = [name for name in server.methods if name in METHODS]
+    method = first("key exchange method", client.methods, methods)
     host_key = first("host key type", client.host_key_algorithms, server.host_key_algorithms)
     cipher_in = first("cipher", client.ciphers_in, server.ciphers_in)
     cipher_out = first("cipher", client.ciphers_out, server.ciphers_out)

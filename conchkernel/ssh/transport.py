@@ -135,7 +135,8 @@ class GatewayTransport(OutgoingPackets):
             tcp.setTcpNoDelay(True)
         if isinstance(getattr(tcp, "bufferSize", None), int):
             tcp.bufferSize = _TCP_BUFFER_BYTES
-        self._exchange = KeyExchange(self.ourVersionString, self.factory.hostKeys)
+        factory = self.factory
+        self._exchange = KeyExchange(self.ourVersionString, factory.hostKeys, factory.algorithms)
         self.transport.registerProducer(self, True)
         self.factory.connectionOpened(self)
         limits = self.factory.limits
