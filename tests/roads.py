@@ -163,13 +163,21 @@ class HttpProxy(Factory):
         self.connections: set[HttpProxyProtocol] = set()
         self.idle: Deferred[None] | None = None
 
+    def whenIdle(self) -> Deferred[None]:
+        """Fires when no connection is left."""
+        idle: Deferred[None] = Deferred()
+        if self.connections:
+            self.idle = idle
+        else:
+            idle.callback(None)
+        return idle
+
     async def end(self) -> None:
         """Cut what connections are left."""
-        if self.connections:
-            self.idle = Deferred()
-            for connection in list(self.connections):
-                connection.transport.abortConnection()
-            await self.idle
+        idle = self.whenIdle()
+        for connection in list(self.connections):
+            connection.transport.abortConnection()
+        await idle
 
 
 @asynccontextmanager

@@ -412,6 +412,27 @@ async def test_silentUpgrade(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_cancelled() -> None:
+    """Whoever stops waiting for a connection leaves none behind."""
+    async with proxying(reactor, b"HTTP/1.1 101 ", hangsUp=False) as (server, port):
+        client = JupyterClient(
+            reactor, JupyterLocation(f"http://127.0.0.1:{port}"), make_agent(reactor)
+        )
+        connecting = Deferred.fromCoroutine(
+            connect_channels(reactor, client, "x", on_carrier=print, on_lost=pytest.fail)
+        )
+        while not server.heard:
+            turn: Deferred[None] = Deferred()
+            reactor.callLater(0.001, turn.callback, None)
+            await turn
+        gone = server.whenIdle()
+        connecting.cancel()
+        with pytest.raises(JupyterUnreachable):
+            await connecting
+        await gone.addTimeout(30, reactor)
+
+
+@pytest_twisted.ensureDeferred
 async def test_tokensAndLogs(currentJupyter: RunningJupyter) -> None:
     """The token is in no URL that the server logs, and in nothing that we do."""
     events: list[str] = []

@@ -231,6 +231,12 @@ HUB = b"<html><title>JupyterHub</title></html>"
         (status(424, HUB), KernelRefused, "start it in the hub"),
         (status(503, HUB), KernelRefused, "start it in the hub"),
         (status(404, HUB), KernelRefused, "start it in the hub"),
+        (
+            status(503, b"{}", **{"X-JupyterHub-Version": "5.3"}),
+            KernelRefused,
+            "start it in the hub",
+        ),
+        (status(404, b"<a href='https://github.com'>"), NotJupyter, "not as a Jupyter server"),
         (status(302, Location="/hub/user/a/api?x"), KernelRefused, "start it in the hub"),
         (status(200, b"x" * 17_000_000), NotJupyter, "too long"),
     ],
@@ -316,6 +322,21 @@ async def test_kernelRefused(code: int, body: bytes, error: type[Exception], sen
     assert "hunter2" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest_twisted.ensureDeferred
+async def test_partsThatAreMissing() -> None:
+    """A 404 is about the kernel where a kernel was asked for, else about the server."""
+    async with serving(status(404)) as (root, _):
+        agent = make_agent(reactor)
+        client = JupyterClient(reactor, JupyterLocation(root), agent)
+        assert await client.kernel("k") is None
+        with pytest.raises(KernelRefused, match="gone"):
+            await client.interrupt("k")
+        for ask in (client.version, client.kernelspecs):
+            with pytest.raises(NotJupyter, match="has no /api"):
+                await ask()
+        await agent.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -455,10 +455,10 @@ async def connect_channels(
         (channels,) = made
         channels.opened.addTimeout(HANDSHAKE_SECONDS, reactor)
         await channels.opened
-    except ConchKernelError:
-        raise
-    except Exception as error:
+    except BaseException as error:
         for one in made:
             one.abort()
-        raise unreachable(error, client.location.base) from None
+        if isinstance(error, Exception) and not isinstance(error, ConchKernelError):
+            raise unreachable(error, client.location.base) from None
+        raise
     return channels

@@ -229,6 +229,8 @@ class JupyterClient:
             return answer
         if absent and answer.status in (404, 410) and not _from_hub(answer):
             return None
+        if answer.status == 404 and not path.startswith("/api/kernels/") and not _from_hub(answer):
+            raise NotJupyter(f"the Jupyter server has no {path}; check the URL")
         raise refusal(answer, self.location)
 
     # --- what there is -----------------------------------------------------------------------
@@ -353,8 +355,10 @@ def _from_hub(answer: _Answer) -> bool:
     """Whether a JupyterHub answers in the place of somebody's server."""
     if answer.status in (302, 303, 307) and "/hub/" in answer.header("Location"):
         return True
-    # A running server under a hub answers with this header too, but not with these.
-    return answer.status in (404, 424, 503) and b"hub" in answer.body[:4096].lower()
+    # Servers that run under a hub have this header too, but no reason for a 503.
+    if answer.status == 503 and answer.header("X-JupyterHub-Version"):
+        return True
+    return answer.status in (404, 424, 503) and b"jupyterhub" in answer.body[:65536].lower()
 
 
 def refusal(answer: _Answer, location: JupyterLocation) -> JupyterError:
