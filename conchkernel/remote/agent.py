@@ -81,19 +81,27 @@ class Agent:
                 fd = key.fd
                 # A callback may have closed what a later event of this round is for.
                 if mask & selectors.EVENT_READ:
-                    reader = self._readers.get(fd)
-                    if reader is not None:
-                        reader(fd)
+                    self._call(self._readers.get(fd), fd)
                 if mask & selectors.EVENT_WRITE:
-                    writer = self._writers.get(fd)
-                    if writer is not None:
-                        writer(fd)
-                if self._dirty or self._look:
-                    self._settle()
+                    self._call(self._writers.get(fd), fd)
         for session in list(self.sessions.values()):
             session.end()
         for carrier in list(self.carriers):
             carrier.close()
+
+    def _call(self, callback: Callable[[int], None] | None, fd: int) -> None:
+        """One event, and what follows from it. A defect costs its descriptor, not the agent."""
+        if callback is None:
+            return
+        try:
+            callback(fd)
+            self._settle()
+        except Exception:
+            self.unwatch_read(fd)
+            self.unwatch_write(fd)
+            failed = getattr(getattr(callback, "__self__", None), "failed", None)
+            if failed is not None:
+                failed()
 
     def _settle(self) -> None:
         """Send what the last event produced, then read on where there is room again."""
@@ -421,6 +429,10 @@ class Carrier:
         """Answer an ATTACH with a sentence and hang up."""
         self.send([wire.message_of(wire.ATTACHED, {"error": sentence})])
         self.close()
+
+    def failed(self) -> None:
+        """A defect of ours: the session goes on over another carrier, from what was received."""
+        self.lost()
 
     def lost(self) -> None:
         """The socket is gone."""

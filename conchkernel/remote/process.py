@@ -324,6 +324,12 @@ class Process:
         """The gateway closed the stream: the terminal hangs up, pipes close."""
         self.hang_up()
 
+    def failed(self) -> None:
+        """A defect of ours: the stream ends with a sentence instead of an invented status."""
+        self._stream.close("the agent could not go on with this process")
+        self.hang_up()
+        self._agent.settle(self.session)
+
     def hang_up(self) -> None:
         """Give the process up. One without a terminal is left running, as under sshd."""
         if self._over:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -32,9 +33,10 @@ async def until(condition, seconds=30.0):
         await deferLater(reactor, 0.05)
 
 
-def agents():
-    """The private directories of agents of this account."""
-    return set(Path("/tmp").glob(f"conchkernel-{os.getuid()}-*"))
+def agent(gateway, user="owner"):
+    """The private directory of a user's agent."""
+    name = gateway.build(user)[0]._start["id"]
+    return Path(tempfile.gettempdir()) / f"conchkernel-{os.getuid()}-{name}"
 
 
 def ask(jupyter, path, method="GET"):
@@ -53,14 +55,15 @@ def ask(jupyter, path, method="GET"):
 @pytest.fixture
 def gateway(jupyter, tmp_path):
     """A started backend on one stack, and its stop."""
-    before = agents()
     made = JupyterBackend(
         reactor, jupyter.pasted, state_dir=tmp_path / "state", grace=0.5, orphan_timeout=8
     )
     pytest_twisted.blockon(Deferred.fromCoroutine(made.start()))
+    directory = agent(made)
     yield made
+    assert directory.is_dir()
     pytest_twisted.blockon(Deferred.fromCoroutine(made.stop()))
-    pytest_twisted.blockon(Deferred.fromCoroutine(until(lambda: agents() <= before)))
+    pytest_twisted.blockon(Deferred.fromCoroutine(until(lambda: not directory.exists())))
     assert ask(jupyter, "api/kernels") in ([], None)
     assert ask(jupyter, "api/sessions") in ([], None)
 
@@ -207,14 +210,14 @@ _done.wait(10)
 @pytest_twisted.ensureDeferred
 async def test_the_last_use_and_a_grace_time_end_the_kernel(gateway, jupyter):
     """Nothing is left after the last use; the next one gets a fresh kernel."""
-    before = agents()
+    directory = agent(gateway, "guest")
     use = await gateway.connect("guest")
     collector = Collector()
     collector.start(use, ProcessRequest(b"echo one"))
     await collector.untilClosed()
-    assert len(agents() - before) == 1
+    assert directory.is_dir()
     use.release()
-    await until(lambda: agents() <= before)
+    await until(lambda: not directory.exists())
     again = await gateway.connect("guest")
     collector = Collector()
     collector.start(again, ProcessRequest(b"echo two"))

@@ -1,0 +1,146 @@
+"""The agent's door: what reaches its socket and is not a gateway with the secret stays outside."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThread
+
+from conchkernel import wire
+from conchkernel.interfaces import ExitStatus, ProcessRequest
+from conchkernel.loopback import LoopbackBackend
+from conchkernel.remote import agent as module
+
+from .collector import Collector
+
+
+@pytest.fixture
+def backend():
+    """An agent with a gateway attached."""
+    made = LoopbackBackend(reactor)
+    pytest_twisted.blockon(Deferred.fromCoroutine(made.start()))
+    yield made
+    pytest_twisted.blockon(Deferred.fromCoroutine(made.stop()))
+
+
+def speak(path, data):
+    """Say something to the agent's socket and hear until it hangs up."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(path)
+        heard = b""
+        try:
+            connection.sendall(data)
+            while piece := connection.recv(65536):
+                heard += piece
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it hung up while we spoke
+        return heard
+
+
+def framed(message):
+    """A message with its length."""
+    return struct.pack(">I", len(message)) + message
+
+
+def attach(**changed):
+    """An ATTACH that differs from a good one."""
+    good = {"versions": [1], "session": "0" * 32, "received": 0, "secret": "0" * 64}
+    return framed(wire.message_of(wire.ATTACH, {**good, **changed}))
+
+
+@pytest.mark.parametrize(
+    ("data", "answer"),
+    [
+        (struct.pack(">I", 0), b""),
+        (struct.pack(">I", 0xFFFFFFFF) + b"x" * 1000, b""),
+        (framed(b"\0" * 17), b""),
+        (framed(bytes([wire.ATTACH]) + b"[]"), b""),
+        (framed(bytes([wire.ATTACH]) + b"\xff"), b""),
+        (attach(), b"secret"),
+        (attach(secret=None), b"secret"),
+        (attach(secret=["x"]), b"secret"),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_strangers_are_hung_up_on_and_the_gateway_goes_on(backend, data, answer):
+    """Odd lengths, other messages and wrong secrets end their own connection only."""
+    heard = await deferToThread(speak, backend._path, data)
+    assert answer in heard
+    collector = Collector()
+    collector.start(await backend.connect("owner"), ProcessRequest(b"true"))
+    await collector.untilClosed()
+    assert collector.exit == ExitStatus(0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"versions": [99]}, {"versions": 1}, {"session": "short"}, {"session": 5}, {"received": "0"}],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_malformed_attach_gets_a_sentence(backend, changed):
+    """Also of one who knows the secret."""
+    heard = await deferToThread(speak, backend._path, attach(secret=backend._secret, **changed))
+    assert b'"error"' in heard
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_violation_ends_its_session_only(backend):
+    """A gateway that breaks the protocol loses its session; the other one's processes live on."""
+    collector = Collector()
+    collector.start(await backend.connect("owner"), ProcessRequest(b"echo hi; cat; exit 6"))
+    await collector.untilOutput(b"hi")
+    bad = wire.MESSAGE.pack(wire.BYTES, 0, 0) + wire.FRAME.pack(99, 0, 0, 0)
+    await deferToThread(speak, backend._path, attach(secret=backend._secret) + framed(bad))
+    collector.stream.writeEOF()
+    await collector.untilClosed()
+    assert collector.exit == ExitStatus(6)
+
+
+def test_the_socket_is_private(backend):
+    """Mode 0600 in a directory of mode 0700."""
+    path = Path(backend._path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_directory_of_somebody_elses_is_refused(tmp_path):
+    """A planted link, or a file, is not taken for ours."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        with pytest.raises(OSError, match="not a directory"):
+            module.private_directory(str(tmp_path / name))
+
+
+def test_a_dead_socket_is_replaced_and_a_live_one_is_not(tmp_path):
+    """What a killed agent left behind does not stand in the way of the next."""
+    path = str(tmp_path / "d" / "s")
+    module.listen(path).close()
+    listener = module.listen(path)
+    with pytest.raises(OSError, match="in use|Bad file"):
+        module.listen(path)
+    listener.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_secret_is_nowhere_to_be_read(backend):
+    """Neither in the agent's argv nor in its environment."""
+    collector = Collector()
+    collector.start(await backend.connect("owner"), ProcessRequest(b"echo $PPID; env"))
+    await collector.untilClosed()
+    agent = Path("/proc") / collector.out.split()[0].decode()
+    secret = backend._secret.encode()
+    assert secret not in (agent / "cmdline").read_bytes()
+    assert secret not in (agent / "environ").read_bytes()
+    assert secret not in collector.out
+    assert os.getpid() != int(agent.name)
