@@ -128,6 +128,6 @@ def test_a_closed_descriptor_is_an_error_or_an_end(drain):
     reading, writing = os.pipe()
     os.close(reading)
     os.close(writing)
-    with pytest.raises(OSError, match="in use|Bad file"):
+    with pytest.raises(OSError, match="Bad file"):
         drain(reading, 10, False)
     assert drain(reading, 10, True) == (b"", True)

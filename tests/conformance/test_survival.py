@@ -136,7 +136,7 @@ async def test_a_shell_survives_the_kernels_deletion(gateway):
 
 
 @pytest_twisted.ensureDeferred
-async def test_foreign_messages_reach_the_kernel(gateway):
+async def test_foreign_messages_reach_the_kernel(gateway, tmp_path):
     """With the relay in place a notebook's requests and interrupts work as before."""
     collector = await shell(gateway)
     client, kernel = road(gateway)._client, road(gateway)._kernel
@@ -147,13 +147,13 @@ async def test_foreign_messages_reach_the_kernel(gateway):
         for channel in ("shell", "control"):
             info = await channels.request(channel, "kernel_info_request", {}, 30)
             assert info["language_info"]["name"] == "python"
-        loop = {"code": "import time\nwhile True: time.sleep(0.01)", "silent": True}
+        begun = tmp_path / "begun"
+        code = f"import time\nopen({str(begun)!r}, 'w')\nwhile True: time.sleep(0.01)"
+        loop = {"code": code, "silent": True}
         running = channels.request("shell", "execute_request", loop, 60)
         probe = channels.request("shell", "kernel_info_request", {}, 60)
-        # An interrupt that comes before the loop has begun interrupts nothing: ask again.
-        while not running.called:
-            await client.interrupt(kernel)
-            await deferLater(reactor, 0.1)
+        await until(begun.exists)
+        await client.interrupt(kernel)
         assert (await running)["ename"] == "KeyboardInterrupt"
         await probe
         asked = {"code": "", "silent": True, "user_expressions": {"names": "sorted(globals())"}}
