@@ -28,8 +28,8 @@ from bench.servers import BenchError, Road
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Seconds between keys, at random, so that no timer on the road falls into step with them.
-_KEY_PAUSE = (0.003, 0.009)
+#: Seconds between typed keys, at random, so that no timer on the road falls into step with them.
+_TYPING = (0.005, 0.015)
 _SETTLE_SECONDS = 0.5
 _LINE = "A line of eighty columns is what a terminal shows, and this one is as long as.."
 
@@ -76,7 +76,7 @@ class Row:
     figures: tuple[Figure, ...]
     measure: Callable[[Road, Plan], Measurement]
     once: bool = False
-    """Whether one round is enough, for it is slow and does not vary."""
+    """Whether one round is enough, on servers that have done nothing yet."""
 
 
 # --- bulk --------------------------------------------------------------------------------------
@@ -148,8 +148,13 @@ def _pty_flood(road: Road, plan: Plan) -> Measurement:
 # --- keys --------------------------------------------------------------------------------------
 
 
-def _keys(command: list[str], plan: Plan) -> dict[str, float]:
-    """Type into a PTY that gives every byte back, one after the other."""
+def _keys(
+    command: list[str], plan: Plan, pauses: tuple[float, float] | None = None
+) -> dict[str, float]:
+    """Send keys to a PTY that gives every byte back, each when the one before has come back.
+
+    :param pauses: seconds to wait before each, from and to.
+    """
     pause = random.Random(3)
     times = []
     command = [*command, "stty raw -echo; printf '\\n'; exec cat"]
@@ -158,7 +163,8 @@ def _keys(command: list[str], plan: Plan) -> dict[str, float]:
         gc.disable()
         try:
             for number in range(-plan.warm_keys, plan.keys):
-                time.sleep(pause.uniform(*_KEY_PAUSE))
+                if pauses is not None:
+                    time.sleep(pause.uniform(*pauses))
                 key = bytes([33 + number % 90])
                 start = time.perf_counter()
                 client.send(key)
@@ -175,6 +181,10 @@ def _keys(command: list[str], plan: Plan) -> dict[str, float]:
 
 def _echo(road: Road, plan: Plan) -> Measurement:
     return Measurement(_keys(road.ssh("-tt"), plan))
+
+
+def _echo_typed(road: Road, plan: Plan) -> Measurement:
+    return Measurement(_keys(road.ssh("-tt"), plan, _TYPING))
 
 
 @contextmanager
@@ -295,6 +305,7 @@ def _memory(road: Road, plan: Plan) -> Measurement:
 
 _SPEED = "MB/s"
 _P50_IDLE, _P99_IDLE = Figure("p50", "ms", Target(1.2)), Figure("p99", "ms", Target(4))
+_PAUSED = (Figure("p50", "ms"), Figure("p99", "ms"))
 _BESIDE = (Figure("p50", "ms", Target(3)), Figure("p99", "ms"), Figure("flood", _SPEED))
 _CPU = Figure("CPU", "s/GB")
 
@@ -307,6 +318,7 @@ ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         Row("echo", "key echo, idle", (_P50_IDLE, _P99_IDLE), _echo),
+        Row("echo-typed", "the same with pauses", _PAUSED, _echo_typed),
         Row("echo-flood", "key echo beside another connection's yes", _BESIDE, _echo_flood),
         Row("echo-raw", "key echo beside its yes with -opost", _BESIDE, _echo_raw_flood),
         Row("echo-shared", "key echo beside yes on one connection", _BESIDE, _echo_shared_flood),

@@ -47,6 +47,9 @@ class Home:
         self.directory = directory
         self.key = directory / "id"
         self.cipher = cipher
+        #: HOME over there: what the account's own start-up files cost is not ours to measure.
+        self.account = directory / "account"
+        self.account.mkdir()
         for name in ("id", "host"):
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name]
             subprocess.run(command, check=True)
@@ -169,6 +172,7 @@ class Sshd(Road):
             "UsePAM no\nStrictModes no\nPidFile none\nPermitRootLogin yes\n"
             "PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             "PrintMotd no\nPrintLastLog no\nUseDNS no\n"
+            f"SetEnv HOME={self.home.account}\n"
         )
         self._server = self.spawn([program, "-D", "-e", "-f", config])
 
@@ -213,6 +217,7 @@ class Gateway(Road):
             **os.environ,
             **{name: str(self.directory / name.lower()) for name in names},
             "JUPYTER_TOKEN": token,
+            "HOME": str(self.home.account),
             # What sshd takes from the account's entry.
             "SHELL": pwd.getpwuid(os.geteuid()).pw_shell,
         }
@@ -258,7 +263,8 @@ class Loopback(Road):
         script = Path(__file__).with_name("loopback_gateway.py")
         command: list[str | Path] = [sys.executable, script, str(self.port)]
         command += [self.directory / "state", self.home.authorized, self.pump]
-        self._server = self.spawn(command, cwd=_REPOSITORY)
+        environment = {**os.environ, "HOME": str(self.home.account)}
+        self._server = self.spawn(command, cwd=_REPOSITORY, env=environment)
 
     def processes(self, session_parent: int) -> dict[str, list[Process]]:
         """Gateway and agent."""

@@ -64,10 +64,9 @@ def _cpu(results: Results, rows: Sequence[Row], roads: Sequence[str]) -> str:
     if not found:
         return ""
     roles.append("ssh")
-    table = [["CPU seconds per GB", "", *roles, "sum"]]
+    table = [["CPU seconds per GB", "", *roles]]
     for (title, road), costs in found.items():
-        cells = [_number(costs.get(role)) for role in roles]
-        table.append([title, road, *cells, _number(sum(costs.values()))])
+        table.append([title, road, *(_number(costs.get(role)) for role in roles)])
     return _aligned(table, left=2)
 
 
