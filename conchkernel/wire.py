@@ -73,7 +73,7 @@ SIZE = struct.Struct(">IIII")
 # Bounds (wire.md section 4).
 MAX_MESSAGE = 256 * 1024
 MAX_DATA = MAX_MESSAGE
-MAX_FRAME = 64 * 1024
+MAX_FRAME = 192 * 1024  # an OPEN with the longest argument that Linux takes, and its environment
 MAX_UNACKED_BYTES = 4 * 1024 * 1024
 MAX_UNACKED_MESSAGES = 500
 DATA_UNACKED_BYTES = MAX_UNACKED_BYTES - MAX_MESSAGE
@@ -280,9 +280,10 @@ class Endpoint:
 
     def open(self, parameters: dict[str, Any], receiver: Receiver) -> Stream:
         """Open a stream (gateway's side). ``parameters`` is the JSON object of OPEN."""
-        payload = json.dumps(parameters).encode()
+        # Escaped, text of other alphabets would be three times as long.
+        payload = json.dumps(parameters, ensure_ascii=False).encode("utf-8", "surrogatepass")
         if len(payload) > MAX_FRAME:
-            raise ValueError("the request is longer than 65536 bytes")
+            raise ValueError(f"the request is longer than {MAX_FRAME} bytes")
         self._last_id += 1
         stream = Stream(self, self._last_id, receiver, limit=INITIAL_CREDIT, granted=0)
         self.streams[stream.id] = stream

@@ -287,7 +287,7 @@ async def test_many_processes_at_once(link):
 async def test_a_command_too_long_is_refused(link):
     """A request beyond the wire's frame is refused on its own stream."""
     collector = Collector()
-    collector.start(link, ProcessRequest(b"true " + b"x" * 100_000))
+    collector.start(link, ProcessRequest(b"true " + b"x" * 200_000))
     await collector.untilClosed()
     assert isinstance(collector.reason, StreamRefused)
     assert (await run(link, b"echo fine")).exit == ExitStatus(0)

@@ -103,6 +103,24 @@ def test_a_terminal_ends_with_its_command(host: Host) -> None:
     os.kill(int(ran.out), signal.SIGKILL)
 
 
+def test_a_command_that_outlives_its_output(host: Host, tmp_path: Path) -> None:
+    """Both directions may end long before the command does; its status still comes."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with host.started(f"echo x; exec >&- 2>&-; read x < {gate}; exit 3") as client:
+        client.stdin.close()
+        while os.read(client.stdout.fileno(), 100):
+            pass
+        gate.write_text("go\n")
+        assert client.wait(PATIENCE) == 3
+
+
+def test_a_command_that_leaves_its_input(host: Host) -> None:
+    """What it does not want does not keep it, however much there is."""
+    ran = host.ssh("head -c 5; exec <&-; echo; exit 7", given=b"x" * 8_000_000)
+    assert ran == (7, b"xxxxx\n", "")
+
+
 # --- what goes in and out --------------------------------------------------------------------
 
 
@@ -121,6 +139,42 @@ def test_every_byte_value(host: Host) -> None:
     """Through pipes nothing is text."""
     assert host.ssh("cat", given=EVERY_BYTE * 100) == (0, EVERY_BYTE * 100, "")
     assert host.ssh("cat >&2", given=b"\0\r\n\x1a\x7f").err == "\0\r\n\x1a\x7f"
+
+
+@pytest.mark.parametrize("size", [60_000, 120_000])
+def test_long_commands(host: Host, size: int) -> None:
+    """As long as the system lets an argument be, all but its last few kilobytes."""
+    assert host.ssh(f"printf %s {'x' * size} | wc -c").out.split() == [b"%d" % size]
+
+
+def test_odd_commands(host: Host) -> None:
+    """Lines, quotes and bytes that are no text reach the shell as they are."""
+    words = [os.fsencode(word) for word in host.words()]
+    command = b"printf '%s\\n' \"\xff \xc3\xa9\t$((1+1))\"\n# '\necho \\'; exit 2"
+    done = subprocess.run(
+        [*words, command], env=host.environment, capture_output=True, timeout=PATIENCE, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, b"\xff \xc3\xa9\t2\n'\n")
+
+
+def test_much_on_both_outputs(host: Host) -> None:
+    """5 MB on each at once."""
+    command = "seq 700000 & seq 700000 >&2; wait"
+    ran = host.ssh(command)
+    wanted = "".join(f"{number}\n" for number in range(1, 700_001))
+    assert ran.status == 0
+    assert ran.text == wanted
+    assert ran.err == wanted
+
+
+def test_much_through_a_terminal(host: Host) -> None:
+    """A raw terminal echoes a megabyte, at the pace of the slowest."""
+    data = os.urandom(1_000_000)
+    with host.started("-tt", "-enone", "stty raw -echo; printf ready; head -c 1000000") as client:
+        assert read_until(client.stdout, b"ready") == b"ready"
+        out, _ = client.communicate(data, timeout=PATIENCE)
+        assert out == data
+        assert client.returncode == 0
 
 
 def test_every_byte_value_through_a_terminal(host: Host) -> None:
@@ -209,6 +263,38 @@ def test_typed_control_characters(host: Host) -> None:
         client.stdin.write(b"word\n\x04")
         assert read_until(client.stdout, b"done\r\n") == b"^Cword\r\nword\r\ndone\r\n"
         assert client.wait(PATIENCE) == 0
+
+
+def test_an_interrupt_in_a_flood(host: Host) -> None:
+    """It overtakes nothing, and need not: little is on the way at any time."""
+    with ThreadPoolExecutor(1) as pool, host.started("-tt", "yes") as client:
+        read_until(client.stdout, b"y\r\n" * 1000)
+        drain = pool.submit(lambda: sum(iter(lambda: len(client.stdout.read(1 << 16)), 0)))
+        client.stdin.write(b"\x03")
+        assert client.wait(PATIENCE) == 255
+        drain.result(PATIENCE)
+
+
+def test_the_controlling_terminal(host: Host) -> None:
+    """A terminal is the session's own: ``/dev/tty``, job control, and a session to itself."""
+    command = "echo here > /dev/tty; set -m; sleep 0 & fg > /dev/null; set +m; "
+    command += "ps -o sid=,tpgid= -p $$; echo $$"
+    here, ids, pid = host.ssh("-tt", command).text.split("\r\n")[:3]
+    assert (here, ids.split()) == ("here", [pid, pid])
+    ran = host.ssh("echo here > /dev/tty; ps -o sid=,tty= -p $$; echo $$")
+    ids, pid = ran.text.splitlines()
+    assert ids.split() == [pid, "?"]
+    assert "/dev/tty" in ran.err
+
+
+def test_nothing_is_inherited(host: Host) -> None:
+    """No signal is ignored or blocked, and no file open but the usual three."""
+    for how in ("-T", "-tt"):
+        ran = host.ssh(how, "grep -E '^Sig(Blk|Ign)' /proc/self/status; echo /proc/self/fd/*")
+        *signals, files = ran.text.split("\r\n" if how == "-tt" else "\n")[:3]
+        assert [line.split()[1] for line in signals] == ["0" * 16] * 2
+        # The last is the shell's own, for its look into the directory.
+        assert files.split() == [f"/proc/self/fd/{number}" for number in range(4)]
 
 
 def test_leaving_a_terminal_hangs_up(host: Host, tmp_path: Path) -> None:
