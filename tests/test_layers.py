@@ -19,19 +19,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     # shared ground
     "errors": set(),
     "interfaces": {"errors"},
+    "files": {"errors"},
     "wire": set(),
     # what is sent to the kernel's host
     "remote": {"wire", "_fastpty"},
     # the columns
-    "ssh": {"errors", "interfaces"},
-    "jupyter": {"errors", "interfaces", "wire", "remote"},
+    "ssh": {"errors", "interfaces", "files"},
+    "jupyter": {"errors", "interfaces", "files", "wire", "remote"},
     # the joints
-    "avatars": {"errors", "interfaces", "ssh"},
-    "sftp": {"errors", "interfaces", "ssh"},
+    "avatars": {"errors", "interfaces", "files", "ssh"},
+    "sftp": {"errors", "interfaces", "files", "ssh"},
     # a backend without Jupyter, on the kernel column's own link
     "loopback": {"errors", "interfaces", "wire", "remote", "jupyter", "_fastpty"},
     # the public test kit
-    "testing": {"errors", "interfaces", "wire", "remote", "avatars", "ssh", "jupyter"},
+    "testing": {"errors", "interfaces", "files", "wire", "remote", "avatars", "ssh", "jupyter"},
     # the edges
     "service": {"errors"},
     "options": {"errors", "ssh", "jupyter"},
