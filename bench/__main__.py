@@ -61,11 +61,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 5)
+    if arguments.cipher is not None:
+        known = subprocess.run(["ssh", "-Q", "cipher"], capture_output=True, check=True).stdout
+        if arguments.cipher not in known.decode().split():
+            parser.error(f"--cipher: this ssh knows no {arguments.cipher!r}; see ssh -Q cipher")
     return arguments
 
 
 def main() -> int:
     """Measure and print. Status 1 if something could not be measured; targets do not count."""
+    if not sys.platform.startswith("linux"):
+        print("the benchmark reads /proc, which only Linux has", file=sys.stderr)
+        return 1
     arguments = _arguments()
     rows = [ROWS[name] for name in arguments.rows]
     for number in (signal.SIGTERM, signal.SIGHUP):
