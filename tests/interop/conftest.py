@@ -14,6 +14,7 @@ import re
 import select
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import pytest
+
+from ..jupyters import start_jupyter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -196,14 +199,12 @@ class GatewayHost(Host):
     jupyter: Any = None
     log: Path = Path()
     pid: int = 0
-    others: set[psutil.Process] = field(default_factory=set)
-    """Kernels that were there before."""
 
     def road(self) -> Road:
-        """The processes on the road as it is now; all kernels since the start count as ours."""
+        """The processes on the road as it is now."""
         server = psutil.Process(self.jupyter.pid)
         agent = psutil.Process(int(self.ssh("echo $PPID").out))
-        kernels = set(server.children(recursive=True)) - self.others - {agent}
+        kernels = set(server.children(recursive=True)) - {agent}
         return Road(
             {"gateway": psutil.Process(self.pid), "server": server, "agent": agent}
             | {f"kernel {kernel.pid}": kernel for kernel in kernels}
@@ -221,18 +222,25 @@ def client_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def jupyter_of_gateway() -> Iterator[RunningJupyter]:
+    """A server of its own: all its kernels are the gateway's."""
+    running = start_jupyter("current")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
 def gateway(
-    client_home: Path, currentJupyter: RunningJupyter, tmp_path_factory: pytest.TempPathFactory
+    client_home: Path, jupyter_of_gateway: RunningJupyter, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GatewayHost]:
     """``twistd -n conchkernel``, started as a user would; ``MY_*`` may be set in it."""
     directory = tmp_path_factory.mktemp("gateway")
-    others = set(psutil.Process(currentJupyter.pid).children(recursive=True))
     log = directory / "log"
     words = [str(Path(sys.executable).with_name("twistd")), "--pidfile=", "-n", "conchkernel"]
     words += ["--port", "0", "--state-dir", str(directory / "state"), "--accept-env", "MY_*"]
     words += ["--authorized-keys", str(client_home / "key.pub")]
     environment = {**os.environ, "HOME": str(directory), "PYTHONUNBUFFERED": "1"}
-    environment["CONCHKERNEL_JUPYTER_URL"] = currentJupyter.pasted
+    environment["CONCHKERNEL_JUPYTER_URL"] = jupyter_of_gateway.pasted
     with log.open("wb") as file:
         process = subprocess.Popen(
             words,
@@ -252,18 +260,18 @@ def gateway(
         listening = re.search(r"Listening on .*port=(\d+)", log.read_text())
         assert listening is not None, log.read_text()
         made = GatewayHost("gateway", int(listening[1]), client_home)
-        made.jupyter, made.log = currentJupyter, log
-        made.pid, made.others = process.pid, others
+        made.jupyter, made.log, made.pid = jupyter_of_gateway, log, process.pid
         made.write_config()
         yield made
-    finally:
+        road = made.road().processes
         process.terminate()
-        try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
+        left = [one for name, one in road.items() if name != "server"]
+        until(lambda: not any(one.is_running() for one in left), "kernel and agent are gone")
+    finally:
+        if process.poll() is None:
             process.kill()
             process.wait()
-            raise
 
 
 @pytest.fixture(scope="session")

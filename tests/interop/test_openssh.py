@@ -470,8 +470,8 @@ def test_transfers_are_exact(gateway: GatewayHost, bulk: Path, options: tuple[st
 
 
 def test_a_stopped_client(gateway: GatewayHost) -> None:
-    """It stops the flood and costs nobody memory; when it goes on, not a byte is missing."""
-    assert gateway.ssh("head -c 20000000 /dev/zero").status == 0
+    """It stops the flood and costs nobody memory or work; when it goes on, not a byte is
+    missing."""
     road = gateway.road()
     road.until_quiet()
     before = road.resident()
@@ -489,7 +489,6 @@ def test_a_stopped_client(gateway: GatewayHost) -> None:
 
 def test_a_command_that_does_not_read(gateway: GatewayHost, tmp_path: Path) -> None:
     """100 MB for a command that never takes them stay with the client."""
-    assert gateway.ssh("cat > /dev/null", given=bytes(20_000_000)).status == 0
     road = gateway.road()
     road.until_quiet()
     before = road.resident()
