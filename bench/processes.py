@@ -43,12 +43,20 @@ class Process:
             raise ProcessLookupError(f"process {self.pid} has ended while it was measured")
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
-    def pss(self) -> float:
-        """Its memory in MB: what is its own, and its share of what it has in common."""
+    def memory(self) -> tuple[float, float]:
+        """Its memory in MB: PSS, and how much of that is anonymous.
+
+        PSS counts its share of what it has in common with others, libraries above all, and so
+        moves when somebody else's process comes or goes. The anonymous part does not.
+        """
+        found = {}
         for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024 / 1e6
-        raise ProcessLookupError(f"process {self.pid} has no memory")
+            name, _, value = line.partition(":")
+            if name in ("Pss", "Pss_Anon"):
+                found[name] = int(value.split()[0]) * 1024 / 1e6
+        if len(found) != 2:
+            raise ProcessLookupError(f"process {self.pid} has no memory")
+        return found["Pss"], found["Pss_Anon"]
 
     def written(self) -> int:
         """Bytes it has given to write(2) so far, wherever to."""

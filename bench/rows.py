@@ -283,22 +283,39 @@ def _memory(road: Road, plan: Plan) -> Measurement:
         client.send(b"\n")
         # read's own status decides, and it has read a line
         client.finish()
-        with ExitStack() as shells:
+        none = 0.0
+        with ExitStack() as begun:
+            shells: list[Client] = []
             for number in range(plan.shells[-1] + 1):
                 if number:
-                    shells.enter_context(Client(road.ssh(), terminal=True)).prompt()
+                    shells.append(begun.enter_context(Client(road.ssh(), terminal=True)))
+                    shells[-1].prompt()
                 if number in plan.shells:
                     time.sleep(_SETTLE_SECONDS)
-                    measured.memory[number] = {
-                        role: sum(process.pss() for process in processes)
-                        for role, processes in road.resident(parent).items()
-                    }
-    for number, roles in measured.memory.items():
-        ours = sum(megabytes for role, megabytes in roles.items() if role != "server")
-        measured.values[f"{number} shells"] = ours
-        if number:
-            measured.values[f"{number} more"] = ours - measured.values["0 shells"]
+                    pss, anonymous = _resident(road, parent)
+                    measured.memory[number] = pss
+                    if number:
+                        measured.values[f"{number} more"] = anonymous - none
+                    else:
+                        none = anonymous
+                        measured.values["0 shells"] = _ours(pss)
+            if not all(shell.process.alive for shell in shells):
+                raise BenchError("shells that should be idle have ended")
     return measured
+
+
+def _resident(road: Road, session_parent: int) -> tuple[dict[str, float], float]:
+    """PSS by role, and the anonymous part of what is ours, in MB."""
+    pss: dict[str, float] = {}
+    anonymous: dict[str, float] = {}
+    for role, processes in road.resident(session_parent).items():
+        memory = [process.memory() for process in processes]
+        pss[role], anonymous[role] = (sum(column) for column in zip(*memory, strict=True))
+    return pss, _ours(anonymous)
+
+
+def _ours(roles: dict[str, float]) -> float:
+    return sum(megabytes for role, megabytes in roles.items() if role != "server")
 
 
 # --- all of them -------------------------------------------------------------------------------
@@ -330,7 +347,7 @@ ROWS: dict[str, Row] = {
         Row("prompt", "new connection to prompt", (Figure("p50", "ms", Target(130)),), _prompt),
         Row(
             "memory",
-            "PSS with idle shells",
+            "memory, idle shells",
             (
                 Figure("0 shells", "MB"),
                 Figure("10 more", "MB"),

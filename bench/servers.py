@@ -30,6 +30,7 @@ from bench.processes import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import ExitStack
 
 _START_SECONDS = 60.0
@@ -134,7 +135,7 @@ class Road:
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         if stop(process):
-            print(f"{self.name}: had to be killed: {process.args}", file=sys.stderr)
+            print(f"{self.name}: had to be killed: {process.args!r}", file=sys.stderr)
 
     def _sweep(self) -> None:
         """After the servers have ended: nothing of theirs may be left."""
@@ -299,13 +300,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(answers: object, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(answers: Callable[[], bool], server: subprocess.Popen[bytes], log: Path) -> None:
     """Until a server answers."""
     deadline = time.monotonic() + _START_SECONDS
-    while not answers():  # type: ignore[operator]
+    while not answers():
         told = log.read_text(errors="replace")[-2000:]
         if server.poll() is not None:
-            raise BenchError(f"{server.args} ended at once:\n{told}")
+            raise BenchError(f"{server.args!r} ended at once:\n{told}")
         if time.monotonic() > deadline:
-            raise BenchError(f"{server.args} does not answer:\n{told}")
+            raise BenchError(f"{server.args!r} does not answer:\n{told}")
         time.sleep(0.1)
