@@ -7,7 +7,6 @@ token.
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import re
 import sys
@@ -27,85 +26,29 @@ from twisted.python import usage
 from conchkernel import __version__
 from conchkernel.errors import ConfigurationError
 from conchkernel.jupyter.urls import candidates
+from conchkernel.ssh.algorithms import Algorithms
 from conchkernel.ssh.checkers import AnonymousOwnerChecker
+from conchkernel.ssh.ciphers import CIPHERS, MACS
+from conchkernel.ssh.kex import METHODS as KEX_METHODS
 from conchkernel.ssh.limits import Limits
+from conchkernel.ssh.userauth import METHODS as AUTHENTICATION_METHODS
+from conchkernel.values import (
+    LIMITS,
+    Value,
+    algorithms,
+    methods,
+    oneOf,
+    seconds,
+    wholeNumber,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable
 
 #: Where a gateway listens if it is not told: OpenSSH's alternative port, this host only.
 DEFAULT_PORT = 2222
 
 URL_VARIABLE = "CONCHKERNEL_JUPYTER_URL"
-
-
-class _Value:
-    """Judges one option's text, and names the option when it is no good."""
-
-    def __init__(self, option: str, judge: Callable[[str], Any]) -> None:
-        self._option = option
-        self._judge = judge
-
-    def __call__(self, text: str) -> Any:
-        try:
-            return self._judge(text)
-        except ValueError as error:
-            raise usage.UsageError(f"--{self._option}: {error}") from None
-
-
-def _wholeNumber(least: int, most: float = math.inf) -> Callable[[str], int]:
-    def judge(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
-            span = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise ValueError(f"{text!r} is not a whole number {span}")
-        return int(text)
-
-    return judge
-
-
-def _scaled(units: dict[str, int], what: str) -> Callable[[str], float]:
-    """Numbers with a unit behind them, as sshd_config(5) has them: ``90``, ``2m``, ``1G``."""
-
-    def judge(text: str) -> float:
-        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
-        unit = units.get(match[2].lower()) if match else None
-        if match is None or unit is None:
-            raise ValueError(f"{text!r} is not {what}")
-        return float(match[1]) * unit
-
-    return judge
-
-
-_seconds = _scaled({"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}, "a time such as 90 or 2m")
-_bytes = _scaled({"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}, "a size such as 512M or 1G")
-
-
-def _startups(text: str) -> tuple[int, int, int]:
-    """MaxStartups of sshd: ``START:RATE:FULL``, or ``FULL`` alone."""
-    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,3}):([0-9]{1,6}))?", text)
-    if match is not None:
-        start, rate, full = int(match[1]), int(match[2] or 100), int(match[3] or match[1])
-        if 1 <= start <= full and 1 <= rate <= 100:
-            return start, rate, full
-    raise ValueError(f"{text!r} is not START:RATE:FULL, such as 10:30:100")
-
-
-def _rekey(text: str) -> tuple[int, float]:
-    """RekeyLimit of sshd: a size and perhaps a time."""
-    size, _, time = text.partition(" ")
-    most = int(_bytes(size))
-    if most < 1 << 20:
-        raise ValueError(f"{size!r} is less than 1M")
-    return most, _seconds(time) if time else Limits().rekeyLimitSeconds
-
-
-def _oneOf(*words: str) -> Callable[[str], str]:
-    def judge(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"{text!r} is none of {', '.join(words)}")
-        return text
-
-    return judge
 
 
 def _helpText(option: Callable[..., None]) -> Callable[..., None]:
@@ -114,45 +57,15 @@ def _helpText(option: Callable[..., None]) -> Callable[..., None]:
     return option
 
 
-#: Options that are limits of the SSH side, by sshd's names: the fields of :class:`Limits` that the
-#: value fills, what judges it, and the description.
-_LIMITS: dict[str, tuple[tuple[str, ...], Callable[[str], Any], str]] = {
-    "login-grace-time": (
-        ("loginGraceTime",),
-        _seconds,
-        "Time that a client has to log in; 0 is for ever. (default: 2m)",
-    ),
-    "max-auth-tries": (
-        ("maxAuthTries",),
-        _wholeNumber(1),
-        "Failed attempts after which a connection is closed. (default: 6)",
-    ),
-    "max-startups": (
-        ("maxStartups",),
-        _startups,
-        "Connections not logged in: from START on, RATE percent are refused, and all from FULL "
-        "on. (default: 10:30:100)",
-    ),
-    "max-sessions": (
-        ("maxSessions",),
-        _wholeNumber(1),
-        "Sessions that one connection may have open. (default: 10)",
-    ),
-    "client-alive-interval": (
-        ("clientAliveInterval",),
-        _seconds,
-        "Silence after which a client is asked whether it is there; 0 never asks. (default: 0)",
-    ),
-    "client-alive-count-max": (
-        ("clientAliveCountMax",),
-        _wholeNumber(1),
-        "Questions without an answer after which a client is given up. (default: 3)",
-    ),
-    "rekey-limit": (
-        ("rekeyLimitBytes", "rekeyLimitSeconds"),
-        _rekey,
-        "Bytes, and perhaps a time, after which keys are made anew. (default: '1G 1h')",
-    ),
+def _listed(names: Iterable[bytes]) -> str:
+    return ", ".join(name.decode("ascii") for name in names)
+
+
+#: Options that say what may be negotiated, and what there is of each.
+_ALGORITHMS: dict[str, Collection[bytes]] = {
+    "kex-algorithms": KEX_METHODS,
+    "ciphers": CIPHERS,
+    "macs": MACS,
 }
 
 
@@ -180,16 +93,25 @@ class Options(usage.Options, AuthOptionMixin):
          "(default: $XDG_STATE_HOME/conchkernel or ~/.local/state/conchkernel)."],
         ["kernel-name", None, None, "Kernel spec to start (default: the server's own)."],
         ["kernel-per", None, "user", "Who shares a kernel: all connections of a 'user', or each "
-         "'connection' has its own.", _Value("kernel-per", _oneOf("user", "connection"))],
+         "'connection' has its own.", Value("kernel-per", oneOf("user", "connection"))],
         ["shell", None, None, "Shell on the kernel's host (default: its account's login shell)."],
         ["working-dir", None, None, "Where shells and commands start "
          "(default: Jupyter's root directory)."],
         ["orphan-timeout", None, 120.0, "Time that shells survive a gateway that has died.",
-         _Value("orphan-timeout", _seconds)],
+         Value("orphan-timeout", seconds)],
         ["log-level", None, "info", "Least level that is logged: debug, info, warn, error or "
          "critical."],
-        *[[name, None, None, description, _Value(name, judge)]
-          for name, (_, judge, description) in _LIMITS.items()],
+        ["banner", None, None, "A file whose text clients show before the login."],
+        ["authentication-methods", None, None, "Methods that must succeed one after the other, "
+         "with commas between them; several such lists, of which one is enough, with spaces. "
+         "(default: any)",
+         Value("authentication-methods", methods(AUTHENTICATION_METHODS))],
+        *[[name, None, None, f"What may be agreed upon, of {_listed(known)}; after - what may "
+           "not. (default: all)",
+           Value(name, algorithms(known))]
+          for name, known in _ALGORITHMS.items()],
+        *[[name, None, None, description, Value(name, judge)]
+          for name, (_, judge, description) in LIMITS.items()],
     ]  # fmt: skip
 
     optFlags = [  # noqa: RUF012
@@ -200,7 +122,7 @@ class Options(usage.Options, AuthOptionMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("listen", "host-key", "authorized-keys", "accept-env"):
+        for name in ("listen", "host-key", "host-certificate", "authorized-keys", "accept-env"):
             self[name] = []
 
     @_helpText
@@ -212,7 +134,7 @@ class Options(usage.Options, AuthOptionMixin):
 
     def opt_port(self, text: str) -> None:
         """Short for --listen tcp:PORT:interface=127.0.0.1; 0 takes a free one."""
-        port = _Value("port", _wholeNumber(0, 65535))(text)
+        port = Value("port", wholeNumber(0, 65535))(text)
         self["listen"].append(f"tcp:{port}:interface=127.0.0.1")
 
     opt_p = opt_port
@@ -223,6 +145,11 @@ class Options(usage.Options, AuthOptionMixin):
         (default: an ed25519 key in the state directory, made at the first start)
         """
         self["host-key"].append(Path(path).absolute())
+
+    @_helpText
+    def opt_host_certificate(self, path: str) -> None:
+        """Certificate of a host key, by ssh-keygen -h; may be given more than once."""
+        self["host-certificate"].append(Path(path).absolute())
 
     @_helpText
     def opt_authorized_keys(self, path: str) -> None:
@@ -277,11 +204,12 @@ class Options(usage.Options, AuthOptionMixin):
             raise usage.UsageError(
                 f"--log-level: {self['log-level']!r} is none of debug, info, warn, error, critical"
             ) from None
-        for name in ("jupyter-ca", "jupyter-url-file", "state-dir"):
+        for name in ("jupyter-ca", "jupyter-url-file", "state-dir", "banner"):
             if self[name] is not None:
                 self[name] = Path(self[name]).absolute()
         self["state-dir"] = self["state-dir"] or _defaultStateDir()
-        for path in (self["jupyter-ca"], *self["host-key"], *self["authorized-keys"]):
+        named = (self["jupyter-ca"], self["banner"], *self["host-certificate"])
+        for path in (*named, *self["host-key"], *self["authorized-keys"]):
             if path is not None and not path.is_file():
                 raise usage.UsageError(f"there is no file {path}")
         self._checkOpenness()
@@ -289,11 +217,17 @@ class Options(usage.Options, AuthOptionMixin):
     def limits(self) -> Limits:
         """The bounds on clients that were asked for."""
         given: dict[str, Any] = {}
-        for name, (fields, _, _) in _LIMITS.items():
+        for name, (fields, _, _) in LIMITS.items():
             value = self[name]
             if value is not None:
                 given.update(zip(fields, value if len(fields) > 1 else [value], strict=True))
         return Limits(**given)
+
+    def algorithms(self) -> Algorithms:
+        """What may be negotiated."""
+        names = (self["kex-algorithms"], self["ciphers"], self["macs"])
+        known = map(tuple, _ALGORITHMS.values())
+        return Algorithms(*(name or all_ for name, all_ in zip(names, known, strict=True)))
 
     def _findURL(self) -> str:
         url, path = self["jupyter-url"], self["jupyter-url-file"]

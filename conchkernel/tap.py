@@ -40,6 +40,9 @@ __all__ = ["Options", "makeService"]
 
 _log = Logger()
 
+#: A banner goes out in one packet before anybody has logged in, and clients take no larger one.
+_MAXIMUM_BANNER_BYTES = 32 * 1024
+
 
 def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
     """A service for ``options`` that have been parsed. Touches the state directory only.
@@ -74,6 +77,10 @@ def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
         keys,
         reactor=reactor,
         limits=options.limits(),
+        banner=_banner(options["banner"]),
+        hostCertificates=[hostkeys.loadCertificate(path) for path in options["host-certificate"]],
+        authenticationMethods=options["authentication-methods"] or (),
+        algorithms=options.algorithms(),
     )
     for key in keys:
         _log.info("Host key {fingerprint}", fingerprint=hostkeys.fingerprint(key))
@@ -99,6 +106,21 @@ def _checkers(options: Options) -> Sequence[ICredentialsChecker]:
 def _hostKeys(options: Options) -> list[Any]:
     paths = options["host-key"]
     return [hostkeys.load(path) for path in paths] or [hostkeys.loadOrCreate(options["state-dir"])]
+
+
+def _banner(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAXIMUM_BANNER_BYTES + 1)
+    except OSError as error:
+        raise ConfigurationError(f"The banner {path} cannot be read: {error.strerror}.") from error
+    if len(text) > _MAXIMUM_BANNER_BYTES:
+        raise ConfigurationError(
+            f"The banner {path} has more than {_MAXIMUM_BANNER_BYTES} bytes, which is too much."
+        )
+    return text
 
 
 def _endpoint(reactor: Any, description: str) -> Any:

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"errors", "interfaces", "files", "wire", "remote", "avatars", "ssh", "jupyter"},
     # the edges
     "service": {"errors"},
-    "options": {"errors", "ssh", "jupyter"},
+    "values": {"ssh"},
+    "options": {"errors", "values", "ssh", "jupyter"},
     "tap": {"errors", "options", "service", "avatars", "ssh", "jupyter"},
     "process": {"errors", "service", "tap"},
     "demo": {"errors", "service", "avatars", "ssh", "jupyter"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from zope.interface.verify import verifyObject
 
 from conchkernel import tap
 from conchkernel.errors import ConfigurationError
-from conchkernel.options import _LIMITS, URL_VARIABLE
+from conchkernel.options import URL_VARIABLE
+from conchkernel.ssh.algorithms import Algorithms
 from conchkernel.ssh.checkers import AnonymousOwnerChecker, AuthorizedKeysChecker, TokenChecker
+from conchkernel.ssh.ciphers import CIPHERS
 from conchkernel.ssh.limits import Limits
+from conchkernel.values import LIMITS
 
 URL = "http://127.0.0.1:8888/?token=sesame"
 
@@ -51,7 +55,7 @@ def test_defaults(cleanAccount: Path) -> None:
 
 def test_describedDefaultsAreTrue() -> None:
     """What ``--help`` calls the default of a limit is its default."""
-    for name, (fields, judge, description) in _LIMITS.items():
+    for name, (fields, judge, description) in LIMITS.items():
         told = description.rpartition("(default: ")[2].rstrip(")").strip("'")
         assert parse("--jupyter-url", URL, f"--{name}", told).limits() == Limits(), name
         assert fields
@@ -100,6 +104,87 @@ def test_limitsBySshdsNames() -> None:
     assert limits.maxSessions == Limits().maxSessions
 
 
+def test_penaltiesBySshdsNames() -> None:
+    """On or off, or times by name; addresses are networks."""
+    options = parse(
+        *("--jupyter-url", URL, "--per-source-penalties", "authfail:1m grace-exceeded:5 max:1h"),
+        *("--per-source-penalty-exempt-list", "192.0.2.0/24,2001:db8::1"),
+        *("--per-source-net-block-size", "24:64", "--per-source-max-startups", "3"),
+    )
+    limits = options.limits()
+    rules = limits.perSourcePenalties
+    assert (rules.authfail, rules.graceExceeded, rules.max, rules.noauth) == (60, 5, 3600, 1)
+    assert limits.perSourcePenaltyExemptList == ("192.0.2.0/24", "2001:db8::1/128")
+    assert (limits.perSourceNetBlockSize, limits.perSourceMaxStartups) == ((24, 64), 3)
+    off = parse("--jupyter-url", URL, "--per-source-penalties", "no").limits()
+    assert not off.perSourcePenalties.enabled
+
+
+@pytest.mark.parametrize(
+    ("text", "ciphers"),
+    [
+        ("aes256-ctr,aes128-gcm@openssh.com", (b"aes256-ctr", b"aes128-gcm@openssh.com")),
+        ("-*-ctr,chacha20*", (b"aes128-gcm@openssh.com", b"aes256-gcm@openssh.com")),
+        ("+aes128-ctr", tuple(CIPHERS)),
+        ("^aes256-*", (b"aes256-gcm@openssh.com", b"aes256-ctr")),
+    ],
+)
+def test_algorithmsBySshdsSyntax(text: str, ciphers: tuple[bytes, ...]) -> None:
+    """Names as they are, left out, or put first; what is not named stays what it is."""
+    chosen = parse("--jupyter-url", URL, "--ciphers", text).algorithms()
+    assert chosen.ciphers[: len(ciphers)] == ciphers
+    assert len(chosen.ciphers) == (len(CIPHERS) if text[0] in "+^" else len(ciphers))
+    assert chosen.macs == Algorithms().macs
+    assert parse("--jupyter-url", URL).algorithms() == Algorithms()
+
+
+def test_whatTheFactoryIsTold(cleanAccount: Path) -> None:
+    """Banner, certificate, methods and algorithms reach the connections."""
+    banner = cleanAccount / "banner"
+    banner.write_text("Authorized use only.\n")
+    for name, more in (("ca", []), ("host", []), ("host", ["-s", "ca", "-h", "-I", "gateway"])):
+        new = ["-f", name, "-t", "ed25519", "-N", ""] if not more else [*more, f"{name}.pub"]
+        subprocess.run(["ssh-keygen", "-q", *new], cwd=cleanAccount, check=True)
+    service: Any = tap.makeService(
+        parse(
+            *("--jupyter-url", URL, "--port", "0", "--banner", str(banner)),
+            *("--host-key", str(cleanAccount / "host")),
+            *("--host-certificate", str(cleanAccount / "host-cert.pub")),
+            *("--authentication-methods", "publickey,password publickey,publickey"),
+            *("--ciphers", "aes128-ctr", "--kex-algorithms", "curve25519-sha256"),
+        ),
+        reactor=reactor,
+    )
+    factory = service._factory._factory
+    assert factory.banner == b"Authorized use only.\n"
+    assert list(factory.hostKeys) == [b"ssh-ed25519-cert-v01@openssh.com", b"ssh-ed25519"]
+    assert factory.authenticationMethods == (
+        (b"publickey", b"password"),
+        (b"publickey", b"publickey"),
+    )
+    assert factory.algorithms == Algorithms((b"curve25519-sha256",), (b"aes128-ctr",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--banner", "large"], "banner .*large has more than 32768 bytes"),
+        (["--host-certificate", "large"], "large is not a host certificate"),
+        (["--authentication-methods", "none"], "Nobody could log in by none"),
+    ],
+)
+def test_whatTheFactoryIsNotTold(
+    cleanAccount: Path, arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only its use can show to be wrong is one sentence too."""
+    monkeypatch.chdir(cleanAccount)
+    (cleanAccount / "large").write_text("x" * 40000)
+    options = parse("--jupyter-url", URL, "--port", "0", *arguments)
+    with pytest.raises(ConfigurationError, match=complaint) as caught:
+        tap.makeService(options, reactor=reactor)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -117,6 +202,22 @@ def test_limitsBySshdsNames() -> None:
         (["--jupyter-url", URL, "--max-sessions", "0"], "--max-sessions: '0'"),
         (["--jupyter-url", URL, "--max-startups", "9:0:9"], "--max-startups: '9:0:9'"),
         (["--jupyter-url", URL, "--rekey-limit", "1K"], "--rekey-limit: '1K'"),
+        (["--jupyter-url", URL, "--max-auth-tries", "none"], "--max-auth-tries: 'none'"),
+        (["--jupyter-url", URL, "--per-source-max-startups", "0"], "-startups: '0'"),
+        (["--jupyter-url", URL, "--per-source-net-block-size", "33"], "-block-size: '33'"),
+        (["--jupyter-url", URL, "--per-source-penalties", "maybe"], "-penalties: 'maybe'"),
+        (["--jupyter-url", URL, "--per-source-penalties", "authfail:x"], "-penalties: 'x'"),
+        (["--jupyter-url", URL, "--per-source-penalties", ""], "-penalties: it is empty"),
+        (["--jupyter-url", URL, "--per-source-penalty-exempt-list", "host"], "-list: 'host'"),
+        (["--jupyter-url", URL, "--required-rsa-size", "512"], "--required-rsa-size: '512'"),
+        (["--jupyter-url", URL, "--ciphers", "aes128-cbc"], "--ciphers: 'aes128-cbc'"),
+        (["--jupyter-url", URL, "--ciphers", "-*"], "--ciphers: '-*' leaves nothing"),
+        (["--jupyter-url", URL, "--macs", "-hmac-md5"], "--macs: 'hmac-md5'"),
+        (["--jupyter-url", URL, "--kex-algorithms", ""], "--kex-algorithms: ''"),
+        (["--jupyter-url", URL, "--authentication-methods", "password,key"], "-methods: 'key'"),
+        (["--jupyter-url", URL, "--authentication-methods", " "], "-methods: it is empty"),
+        (["--jupyter-url", URL, "--banner", "/nonexistent"], "no file /nonexistent"),
+        (["--jupyter-url", URL, "--host-certificate", "/nonexistent"], "no file /nonexistent"),
         (["--jupyter-url", URL, "--log-level", "loud"], "--log-level: 'loud'"),
         (["--jupyter-url", URL, "--accept-env", "A=B"], "--accept-env: 'A=B'"),
         (["--jupyter-url", URL, "--host-key", "/nonexistent"], "no file /nonexistent"),

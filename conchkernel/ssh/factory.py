@@ -20,7 +20,7 @@ from conchkernel.ssh.connection import GatewayConnection
 from conchkernel.ssh.exchange import DEFAULT_ALGORITHMS
 from conchkernel.ssh.limits import Limits, Offence, Penalties, dropProbability
 from conchkernel.ssh.transport import GatewayTransport
-from conchkernel.ssh.userauth import GatewayUserAuth
+from conchkernel.ssh.userauth import METHODS, GatewayUserAuth
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,6 +58,7 @@ class GatewayFactory(SSHFactory):
     :param banner: sent before the first answer about a login.
     :param authenticationMethods: as sshd's: lists of methods, one of which must succeed from its
         first to its last method; without any list one method is enough.
+    :raises ConfigurationError: a value cannot be used, or a method is served by no checker.
     :param algorithms: what may be negotiated.
     :param hostCertificates: blobs of :func:`conchkernel.ssh.hostkeys.loadCertificate`.
     :ivar limits: what connections and their channels may ask for.
@@ -94,6 +95,11 @@ class GatewayFactory(SSHFactory):
         if not all(authenticationMethods):
             raise ConfigurationError("A list of authentication methods is empty.")
         self.authenticationMethods = tuple(map(tuple, authenticationMethods))
+        interfaces = set(portal.listCredentialsInterfaces())
+        for name in (name for steps in self.authenticationMethods for name in steps):
+            if METHODS.get(name) not in interfaces:
+                text = name.decode("ascii", "backslashreplace")
+                raise ConfigurationError(f"Nobody could log in by {text}: no checker takes that.")
         self.random = random.random
         self.penalties = Penalties(limits)
         self.primes = None

@@ -49,6 +49,14 @@ if TYPE_CHECKING:
 _NEXT_SERVICE = b"ssh-connection"
 _HOSTBOUND = b"publickey-hostbound-v00@openssh.com"
 
+#: The methods there are, and what a checker must take for each.
+METHODS = {
+    b"publickey": ISSHPrivateKey,
+    b"keyboard-interactive": IUsernamePassword,
+    b"password": IUsernamePassword,
+    b"none": IAnonymous,
+}
+
 #: Requests that may wait while one is served; a client that sends ahead needs two or three.
 _MAXIMUM_WAITING = 16
 #: Requests of all kinds for each failure allowed. Key probes that succeed are no failures.

@@ -1,0 +1,257 @@
+"""What the text of an option may be: judges, which give the value or say why it is none.
+
+A judge raises :class:`ValueError` with half a sentence; :class:`Value` puts the option's name in
+front. Syntax, names and defaults are those of sshd_config(5) wherever sshd has the option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import ipaddress
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from twisted.python import usage
+
+from conchkernel.ssh.limits import Limits, PenaltyRules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    Judge = Callable[[str], Any]
+
+
+class Value:
+    """Judges one option's text, and names the option when it is no good."""
+
+    def __init__(self, option: str, judge: Judge) -> None:
+        self._option = option
+        self._judge = judge
+
+    def __call__(self, text: str) -> Any:
+        try:
+            return self._judge(text)
+        except ValueError as error:
+            raise usage.UsageError(f"--{self._option}: {error}") from None
+
+
+def wholeNumber(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Decimal digits within bounds."""
+
+    def judge(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
+            span = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{text!r} is not a whole number {span}")
+        return int(text)
+
+    return judge
+
+
+def oneOf(*words: str) -> Callable[[str], str]:
+    """One of some words."""
+
+    def judge(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is none of {', '.join(words)}")
+        return text
+
+    return judge
+
+
+def _scaled(units: dict[str, int], what: str) -> Callable[[str], float]:
+    """Numbers with a unit behind them, as sshd_config(5) has them: ``90``, ``2m``, ``1G``."""
+
+    def judge(text: str) -> float:
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
+        unit = units.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise ValueError(f"{text!r} is not {what}")
+        return float(match[1]) * unit
+
+    return judge
+
+
+seconds = _scaled({"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}, "a time such as 90 or 2m")
+size = _scaled({"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}, "a size such as 512M or 1G")
+
+
+def startups(text: str) -> tuple[int, int, int]:
+    """MaxStartups: ``START:RATE:FULL``, or ``FULL`` alone."""
+    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,3}):([0-9]{1,6}))?", text)
+    if match is not None:
+        start, rate, full = int(match[1]), int(match[2] or 100), int(match[3] or match[1])
+        if 1 <= start <= full and 1 <= rate <= 100:
+            return start, rate, full
+    raise ValueError(f"{text!r} is not START:RATE:FULL, such as 10:30:100")
+
+
+def rekey(text: str) -> tuple[int, float]:
+    """RekeyLimit: a size and perhaps a time."""
+    first, _, time = text.partition(" ")
+    most = int(size(first))
+    if most < 1 << 20:
+        raise ValueError(f"{first!r} is less than 1M")
+    return most, seconds(time) if time else Limits().rekeyLimitSeconds
+
+
+def unlessNone(judge: Judge) -> Judge:
+    """What ``judge`` takes, or the word ``none``."""
+    return lambda text: None if text == "none" else judge(text)
+
+
+def blocks(text: str) -> tuple[int, int]:
+    """PerSourceNetBlockSize: bits of an IPv4 address, and perhaps of an IPv6 one."""
+    match = re.fullmatch(r"([0-9]{1,2})(?::([0-9]{1,3}))?", text)
+    if match is not None:
+        bits = int(match[1]), int(match[2] or Limits().perSourceNetBlockSize[1])
+        if bits[0] <= 32 and bits[1] <= 128:
+            return bits
+    raise ValueError(f"{text!r} is not a pair of bits such as 24:64")
+
+
+_PENALTIES = {
+    "authfail": "authfail",
+    "noauth": "noauth",
+    "grace-exceeded": "graceExceeded",
+    "crash": "crash",
+    "refuseconnection": "refuseconnection",
+    "min": "min",
+    "max": "max",
+}
+
+
+def penalties(text: str) -> PenaltyRules:
+    """PerSourcePenalties: ``yes``, ``no``, or times by name, such as ``authfail:30s max:1h``."""
+    if text in ("yes", "no"):
+        return PenaltyRules(enabled=text == "yes")
+    changes: dict[str, Any] = {}
+    for word in text.split():
+        name, _, time = word.partition(":")
+        if name not in _PENALTIES:
+            raise ValueError(f"{word!r} is not yes, no, or a time for {', '.join(_PENALTIES)}")
+        changes[_PENALTIES[name]] = seconds(time)
+    if not changes:
+        raise ValueError("it is empty")
+    return dataclasses.replace(PenaltyRules(), **changes)
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """PerSourcePenaltyExemptList: addresses and networks, with commas between them."""
+    found: list[str] = []
+    for word in [] if text == "none" else text.split(","):
+        try:
+            found.append(str(ipaddress.ip_network(word, strict=False)))
+        except ValueError:
+            raise ValueError(f"{word!r} is no address or network such as 192.0.2.0/24") from None
+    return tuple(found)
+
+
+def algorithms(known: Collection[bytes]) -> Callable[[str], tuple[bytes, ...]]:
+    """Names with commas between them; after ``-`` those to leave out, after ``^`` or ``+`` those to
+    put first or last."""
+    default = tuple(name.decode("ascii") for name in known)
+
+    def judge(text: str) -> tuple[bytes, ...]:
+        sign, words = (text[0], text[1:]) if text[:1] in ("-", "+", "^") else ("", text)
+        named: list[str] = []
+        for word in words.split(","):
+            matching = [name for name in default if fnmatch.fnmatchcase(name, word)]
+            if not matching:
+                raise ValueError(f"{word!r} is none of {', '.join(default)}")
+            named += matching
+        others = [name for name in default if name not in named]
+        chosen = {"": named, "-": others, "^": named + others, "+": [*default, *named]}[sign]
+        if not chosen:
+            raise ValueError(f"{text!r} leaves nothing")
+        return tuple(name.encode("ascii") for name in dict.fromkeys(chosen))
+
+    return judge
+
+
+def methods(known: Collection[bytes]) -> Callable[[str], tuple[tuple[bytes, ...], ...]]:
+    """AuthenticationMethods: lists with spaces between them, or ``any``."""
+    names = [name.decode("ascii") for name in known]
+
+    def judge(text: str) -> tuple[tuple[bytes, ...], ...]:
+        if text == "any":
+            return ()
+        lists = [words.split(",") for words in text.split()]
+        for word in (word for words in lists for word in words):
+            if word not in names:
+                raise ValueError(f"{word!r} is none of {', '.join(names)}")
+        if not lists:
+            raise ValueError("it is empty")
+        return tuple(tuple(word.encode("ascii") for word in words) for words in lists)
+
+    return judge
+
+
+#: Options that are limits of the SSH side, by sshd's names: the fields of :class:`Limits` that the
+#: value fills, what judges it, and the description.
+LIMITS: dict[str, tuple[tuple[str, ...], Judge, str]] = {
+    "login-grace-time": (
+        ("loginGraceTime",),
+        seconds,
+        "Time that a client has to log in; 0 is for ever. (default: 2m)",
+    ),
+    "max-auth-tries": (
+        ("maxAuthTries",),
+        wholeNumber(1),
+        "Failed attempts after which a connection is closed. (default: 6)",
+    ),
+    "max-startups": (
+        ("maxStartups",),
+        startups,
+        "Connections not logged in: from START on, RATE percent are refused, and all from FULL "
+        "on. (default: 10:30:100)",
+    ),
+    "max-sessions": (
+        ("maxSessions",),
+        wholeNumber(1),
+        "Sessions that one connection may have open. (default: 10)",
+    ),
+    "per-source-max-startups": (
+        ("perSourceMaxStartups",),
+        unlessNone(wholeNumber(1)),
+        "Connections not logged in that one source may have. (default: none)",
+    ),
+    "per-source-net-block-size": (
+        ("perSourceNetBlockSize",),
+        blocks,
+        "Bits of an IPv4 and of an IPv6 address that make one source. (default: 32:128)",
+    ),
+    "per-source-penalties": (
+        ("perSourcePenalties",),
+        penalties,
+        "Whether sources of failed logins are refused for a while: yes, no, or times such as "
+        "'authfail:30s max:1h'. (default: yes)",
+    ),
+    "per-source-penalty-exempt-list": (
+        ("perSourcePenaltyExemptList",),
+        networks,
+        "Addresses and networks that are never refused so, with commas between them. "
+        "(default: none)",
+    ),
+    "required-rsa-size": (
+        ("requiredRSASize",),
+        wholeNumber(1024, 16384),
+        "Bits that a user's RSA key must have. (default: 2048)",
+    ),
+    "client-alive-interval": (
+        ("clientAliveInterval",),
+        seconds,
+        "Silence after which a client is asked whether it is there; 0 never asks. (default: 0)",
+    ),
+    "client-alive-count-max": (
+        ("clientAliveCountMax",),
+        wholeNumber(1),
+        "Questions without an answer after which a client is given up. (default: 3)",
+    ),
+    "rekey-limit": (
+        ("rekeyLimitBytes", "rekeyLimitSeconds"),
+        rekey,
+        "Bytes, and perhaps a time, after which keys are made anew. (default: '1G 1h')",
+    ),
+}
