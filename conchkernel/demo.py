@@ -36,6 +36,7 @@ from twisted.logger import (
     textFileLogObserver,
 )
 
+from conchkernel.allocator import keepLargeBuffers
 from conchkernel.avatars import KernelRealm
 from conchkernel.errors import ConchKernelError, ConfigurationError
 from conchkernel.jupyter.backends import JupyterBackend
@@ -302,6 +303,7 @@ def main(*, port: int | None, command: str | None, verbose: bool = False) -> int
     from twisted.internet import reactor as installed
 
     reactor: Any = installed
+    keepLargeBuffers()
     level = LogLevel.debug if verbose else LogLevel.critical
     globalLogBeginner.beginLoggingTo(
         [

@@ -27,6 +27,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from conchkernel import wire
+from conchkernel.allocator import ENVIRONMENT
 from conchkernel.errors import JupyterUnreachable, LinkLost
 from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
 from conchkernel.jupyter import injection
@@ -188,15 +189,11 @@ class LoopbackBackend:
             "fastpty": self._fastpty,
             **injection.agent_sources(),
         }
-        environment = {
-            "MALLOC_MMAP_THRESHOLD_": "4194304",
-            "MALLOC_TRIM_THRESHOLD_": "4194304",
-        }
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _BOOT],
             input=json.dumps(given).encode(),
             capture_output=True,
-            env=environment,
+            env=ENVIRONMENT,
             timeout=20,
             check=False,
         )

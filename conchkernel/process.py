@@ -31,6 +31,7 @@ from twisted.python import usage
 from twisted.scripts._twistd_unix import UnixAppLogger
 
 from conchkernel import tap
+from conchkernel.allocator import keepLargeBuffers
 from conchkernel.errors import ConchKernelError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def makeService(options: Options) -> GatewayService:
     """The service for the command line ``options``, in a process of its own."""
     if _becomesDaemon(options):
         _rehearse(options)
+    keepLargeBuffers()
     service = _makeService(options)
     service.whenStarted().addErrback(_failed)
     return service

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "interfaces": {"errors"},
     "files": {"errors"},
+    "allocator": set(),
     "wire": set(),
     # what is sent to the kernel's host
     "remote": {"wire", "_fastpty"},
@@ -30,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "avatars": {"errors", "interfaces", "files", "ssh"},
     "sftp": {"errors", "interfaces", "files", "ssh"},
     # a backend without Jupyter, on the kernel column's own link
-    "loopback": {"errors", "interfaces", "wire", "remote", "jupyter", "_fastpty"},
+    "loopback": {"allocator", "errors", "interfaces", "wire", "remote", "jupyter", "_fastpty"},
     # the public test kit
     "testing": {"errors", "interfaces", "files", "wire", "remote", "avatars", "ssh", "jupyter"},
     # the edges
@@ -38,8 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "values": {"ssh"},
     "options": {"errors", "values", "ssh", "jupyter"},
     "tap": {"errors", "options", "service", "avatars", "ssh", "jupyter"},
-    "process": {"errors", "service", "tap"},
-    "demo": {"errors", "service", "avatars", "ssh", "jupyter"},
+    "process": {"allocator", "errors", "service", "tap"},
+    "demo": {"allocator", "errors", "service", "avatars", "ssh", "jupyter"},
     "cli": {"demo"},
     "": {"errors", "service", "avatars", "ssh", "jupyter"},
 }
