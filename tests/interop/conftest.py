@@ -87,7 +87,7 @@ class Host:
     def write_config(self) -> None:
         """Write :attr:`config`, and learn the host's keys."""
         known = self.home / f"{self.name}.known"
-        scan = ["ssh-keyscan", "-T", "10", "-p", str(self.port), "127.0.0.1"]
+        scan = ["ssh-keyscan", "-T10", "-ted25519", "-p", str(self.port), "127.0.0.1"]
         known.write_bytes(subprocess.run(scan, check=True, capture_output=True, timeout=20).stdout)
         options = {
             "HostName": "127.0.0.1",
@@ -224,23 +224,25 @@ def client_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def jupyter_of_gateway() -> Iterator[RunningJupyter]:
     """A server of its own: all its kernels are the gateway's."""
-    running = start_jupyter("current")
-    yield running
-    running.stop()
+    server = start_jupyter("current")
+    yield server
+    server.stop()
 
 
-@pytest.fixture(scope="session")
-def gateway(
-    client_home: Path, jupyter_of_gateway: RunningJupyter, tmp_path_factory: pytest.TempPathFactory
+@contextlib.contextmanager
+def running(
+    name: str, directory: Path, client_home: Path, jupyter: RunningJupyter, *options: str
 ) -> Iterator[GatewayHost]:
-    """``twistd -n conchkernel``, started as a user would; ``MY_*`` may be set in it."""
-    directory = tmp_path_factory.mktemp("gateway")
+    """``twistd -n conchkernel`` as a user starts it; ``directory`` is the account's home.
+
+    When it has ended, nothing that it started may be left.
+    """
     log = directory / "log"
     words = [str(Path(sys.executable).with_name("twistd")), "--pidfile=", "-n", "conchkernel"]
-    words += ["--port", "0", "--state-dir", str(directory / "state"), "--accept-env", "MY_*"]
-    words += ["--authorized-keys", str(client_home / "key.pub")]
+    words += ["--port", "0", *options]
     environment = {**os.environ, "HOME": str(directory), "PYTHONUNBUFFERED": "1"}
-    environment["CONCHKERNEL_JUPYTER_URL"] = jupyter_of_gateway.pasted
+    environment.pop("XDG_STATE_HOME", None)
+    environment["CONCHKERNEL_JUPYTER_URL"] = jupyter.pasted
     with log.open("wb") as file:
         process = subprocess.Popen(
             words,
@@ -259,8 +261,8 @@ def gateway(
         until(is_ready, "the gateway is ready")
         listening = re.search(r"Listening on .*port=(\d+)", log.read_text())
         assert listening is not None, log.read_text()
-        made = GatewayHost("gateway", int(listening[1]), client_home)
-        made.jupyter, made.log, made.pid = jupyter_of_gateway, log, process.pid
+        made = GatewayHost(name, int(listening[1]), client_home)
+        made.jupyter, made.log, made.pid = jupyter, log, process.pid
         made.write_config()
         yield made
         road = made.road().processes
@@ -272,6 +274,18 @@ def gateway(
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    client_home: Path, jupyter_of_gateway: RunningJupyter, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayHost]:
+    """One for nearly all tests; ``MY_*`` may be set in it."""
+    directory = tmp_path_factory.mktemp("gateway")
+    options = ["--state-dir", str(directory / "state"), "--accept-env", "MY_*"]
+    options += ["--authorized-keys", str(client_home / "key.pub")]
+    with running("gateway", directory, client_home, jupyter_of_gateway, *options) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
