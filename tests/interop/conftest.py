@@ -235,7 +235,7 @@ def running(
 ) -> Iterator[GatewayHost]:
     """``twistd -n conchkernel`` as a user starts it; ``directory`` is the account's home.
 
-    When it has ended, nothing that it started may be left.
+    When it has ended, nothing that it started may be left, and no failure may be in its log.
     """
     log = directory / "log"
     words = [str(Path(sys.executable).with_name("twistd")), "--pidfile=", "-n", "conchkernel"]
@@ -270,6 +270,7 @@ def running(
         assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
         left = [one for name, one in road.items() if name != "server"]
         until(lambda: not any(one.is_running() for one in left), "kernel and agent are gone")
+        assert "Traceback" not in log.read_text()
     finally:
         if process.poll() is None:
             process.kill()
