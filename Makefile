@@ -9,7 +9,7 @@ ARGS ?=
 # What decides whether the installation is still current.
 SOURCES := pyproject.toml setup.py conchkernel/_fastpty.pyx
 
-.PHONY: demo test lint bench clean need-tools
+.PHONY: demo test lint bench bench-ssh clean need-tools
 
 demo: need-tools $(VENV)/.demo
 	@exec $(BIN)/conchkernel demo $(ARGS)
@@ -23,6 +23,9 @@ lint: $(VENV)/.test
 
 bench: need-tools $(VENV)/.test
 	$(BIN)/python -m bench $(ARGS)
+
+bench-ssh: need-tools $(VENV)/.test
+	$(BIN)/python -m bench.ssh_servers $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info conchkernel/*.c conchkernel/*.so
