@@ -85,8 +85,11 @@ MAX_CONTROL = 65536  # frames queued: more than any honest peer needs while a ca
 
 INITIAL_CREDIT = 64 * 1024  # towards the process
 CAP_FLOOR = 512 * 1024
+CAP_FLOOR_BESIDE_KEYS = 128 * 1024
 CAP_CEILING = 3 * 1024 * 1024
 SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
+KEY = 64  # DATA up to here counts as somebody typing
+KEYS_SECONDS = 1.0  # for so long after it
 
 
 class WireViolation(Exception):
@@ -124,8 +127,8 @@ class Stream:
     """One stream of an :class:`Endpoint`: what it may send, what it lets the peer send."""
 
     __slots__ = (
-        "_cap", "_ceiling", "_endpoint", "_granted", "_mark", "_mark_time", "_queue", "_ready",
-        "closed", "id", "limit", "queued", "received", "receiver", "sent",
+        "_ceiling", "_endpoint", "_granted", "_mark", "_mark_time", "_product", "_queue",
+        "_ready", "closed", "id", "limit", "queued", "received", "receiver", "sent",
     )  # fmt: skip
 
     def __init__(
@@ -148,7 +151,7 @@ class Stream:
         self._ready = False
         self._granted = granted
         self._ceiling = granted
-        self._cap = CAP_FLOOR
+        self._product = 0  # twice the bytes of a round trip, at the best
         self._mark = 0
         self._mark_time: float | None = None
 
@@ -159,8 +162,15 @@ class Stream:
 
     @property
     def cap(self) -> int:
-        """How far ahead of the consumer the peer may be, in bytes; grows with the round trip."""
-        return self._cap
+        """How far ahead of the consumer the peer may be, in bytes.
+
+        What waits on the road before a slow end is what a key on another stream waits behind: the
+        cap is lower while somebody types, and grows with the round trip, which is never the queue.
+        """
+        endpoint = self._endpoint
+        typing = endpoint.now - endpoint.typed_at < KEYS_SECONDS
+        beside = typing and endpoint.typed_on is not self
+        return max(CAP_FLOOR_BESIDE_KEYS if beside else CAP_FLOOR, self._product)
 
     def write(self, data: Buffer, flags: int = 0) -> None:
         """Queue DATA; ``data`` is kept. The caller bounds the queue (see :attr:`queued`)."""
@@ -192,9 +202,10 @@ class Stream:
     def grant(self, limit: int) -> None:
         """Let the peer send up to byte ``limit``; the cap keeps it from all of that at once."""
         self._ceiling = limit
-        limit = min(limit, self.received + self._cap)
+        cap = self.cap
+        limit = min(limit, self.received + cap)
         fresh = limit - self._granted
-        half = self._cap >> 1
+        half = cap >> 1
         # Few large steps: a CREDIT costs a message on the carrier.
         if fresh > 0 and (fresh >= half or self._granted - self.received < half):
             self._granted = limit
@@ -218,6 +229,9 @@ class Stream:
     def _arrived(self, count: int, now: float) -> None:
         """Count received DATA and let the cap follow the bytes of one round trip."""
         self.received += count
+        if count <= KEY:
+            self._endpoint.typed_at = now
+            self._endpoint.typed_on = self
         if self.received > self._granted:
             raise WireViolation(f"stream {self.id} sent beyond its credit")
         if self._ceiling > self._granted:
@@ -229,8 +243,8 @@ class Stream:
         rtt = self._endpoint.rtt
         if elapsed >= rtt:
             per_round_trip = (self.received - self._mark) * rtt / elapsed
-            if 2 * per_round_trip > self._cap:
-                self._cap = min(int(2 * per_round_trip), CAP_CEILING)
+            if 2 * per_round_trip > self._product:
+                self._product = min(int(2 * per_round_trip), CAP_CEILING)
             self._mark, self._mark_time = self.received, now
 
 
@@ -258,7 +272,10 @@ class Endpoint:
         told: Callable[[int, bytes], None] | None = None,
     ) -> None:
         self.streams: dict[int, Stream] = {}
-        self.rtt = 0.001  # seconds; the least round trip seen lately
+        self.now = 0.0  # when something last arrived
+        self.typed_at = -KEYS_SECONDS
+        self.typed_on: Stream | None = None
+        self.rtt = 0.001  # seconds; the least round trip of this carrier
         self.sent_bytes = 0  # our position
         self.acked_bytes = 0  # what the peer has of it
         self.received_bytes = 0  # the peer's position, as we have it
@@ -273,7 +290,7 @@ class Endpoint:
         self._ack_bytes = 0  # received since our last acknowledgement
         self._ack_messages = 0
         self._pings: dict[int, float] = {}
-        self._rtts: deque[float] = deque(maxlen=8)
+        self._measured = False  # whether rtt is of this carrier
         self._next_ping = 1
 
     # --- streams -----------------------------------------------------------------------------
@@ -297,7 +314,7 @@ class Endpoint:
         self._control.append(FRAME.pack(frame_type, 0, stream_id, len(payload)) + payload)
 
     def ping(self, now: float) -> None:
-        """Queue a PING; the answer refreshes :attr:`rtt`. At most eight are remembered."""
+        """Queue a PING; a quick answer refreshes :attr:`rtt`. At most eight are remembered."""
         token, self._next_ping = self._next_ping, self._next_ping + 1
         while len(self._pings) >= 8:
             del self._pings[next(iter(self._pings))]
@@ -418,6 +435,8 @@ class Endpoint:
             messages.append([header, data])
             offset = end
         self._ack_bytes = self._ack_messages = 0
+        self._measured = False
+        self._pings.clear()
         return messages
 
     # --- receiving ---------------------------------------------------------------------------
@@ -430,6 +449,7 @@ class Endpoint:
         """
         if len(message) < MESSAGE.size or len(message) > MAX_MESSAGE:
             raise WireViolation(f"a message of {len(message)} bytes")
+        self.now = now
         kind, offset, acked = MESSAGE.unpack_from(message)
         if kind != BYTES:
             raise WireViolation(f"a message of kind {kind} in a session")
@@ -505,8 +525,9 @@ class Endpoint:
         elif frame_type == PONG and len(body) == U64.size:
             asked = self._pings.pop(U64.unpack(body)[0], None)
             if asked is not None:
-                self._rtts.append(now - asked)
-                self.rtt = max(min(self._rtts), 1e-4)
+                sample = max(now - asked, 1e-4)
+                self.rtt = min(self.rtt, sample) if self._measured else sample
+                self._measured = True
         elif frame_type in (GOODBYE, FAREWELL) and self._told is not None:
             self._told(frame_type, bytes(body))
         else:

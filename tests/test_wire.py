@@ -176,7 +176,7 @@ def test_bulk_streams_take_turns():
     one, _, _, first = pair.open()
     two, _, _, second = pair.open()
     for far, _parameters in pair.opened:
-        far._cap = 1 << 24
+        far._product = 1 << 24
         far.grant(1 << 24)
     pair.pump()
     one.write(b"1" * 2_000_000)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: One read of output: with its headers it fills one message.
 BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
+#: A terminal fills while it is read, at some 80 MB/s: so long other streams wait.
+TERMINAL_BATCH = 64 * 1024
 #: Pipes of commands; the usual 64 KiB costs a wake-up per 64 KiB.
 PIPE_SIZE = 1024 * 1024
 
@@ -56,6 +58,7 @@ class Process:
         self._told_eof = False
         self._over = False
         self._terminal = parameters.get("pty") is not None
+        self._batch = TERMINAL_BATCH if self._terminal else BATCH
         self._input = -1
         self._outputs: dict[int, int] = {}  # fd -> flags of its DATA
         self._watched: set[int] = set()
@@ -138,7 +141,7 @@ class Process:
             self._watch()
             return
         try:
-            data, ended = pump.drain(fd, min(room, BATCH), self._terminal)
+            data, ended = pump.drain(fd, min(room, self._batch), self._terminal)
         except OSError:
             data, ended = b"", True
         if data:
