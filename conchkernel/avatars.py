@@ -23,12 +23,14 @@ from zope.interface import Interface, implementer
 from conchkernel.errors import JupyterError
 from conchkernel.ssh.channel import ChannelRefused, GatewayChannel, printable
 from conchkernel.ssh.sessions import ACCEPT_ENV, SessionChannel, Subsystem
+from conchkernel.ssh.sftp_server import ServedFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from twisted.python.failure import Failure
 
+    from conchkernel.files import IFileStore
     from conchkernel.interfaces import IBackend, IKernelLink
 
 _REFUSED = {
@@ -144,6 +146,15 @@ class KernelAvatar(ConchUser):
 
     # --- what a client may ask for -----------------------------------------------------------
 
+    def serveFiles(self, files: Callable[[KernelAvatar], Deferred[IFileStore]]) -> None:
+        """Have the ``sftp`` subsystem; ``files`` gives each of its sessions a store."""
+
+        def serve(channel: SessionChannel) -> Subsystem:
+            clock = getattr(getattr(channel.conn.transport, "factory", None), "reactor", None)
+            return ServedFiles(channel, lambda: files(self), clock)
+
+        self.subsystemLookup[b"sftp"] = serve
+
     def lookupChannel(
         self, channelType: bytes, windowSize: int, maxPacket: int, data: bytes
     ) -> GatewayChannel | Deferred[GatewayChannel]:
@@ -177,6 +188,8 @@ class KernelRealm:
     :param backend: where kernels come from.
     :param acceptEnv: patterns of the variables a client may set, as sshd's AcceptEnv.
     :param kernelPer: whether the connections of a user share a kernel.
+    :param files: gives each SFTP session a store of its own, which is closed with it; without
+        this there is no SFTP.
     """
 
     def __init__(
@@ -185,10 +198,12 @@ class KernelRealm:
         *,
         acceptEnv: Iterable[str] = ACCEPT_ENV,
         kernelPer: Literal["user", "connection"] = "user",
+        files: Callable[[KernelAvatar], Deferred[IFileStore]] | None = None,
     ) -> None:
         self._backend = backend
         self._acceptEnv = tuple(acceptEnv)
         self._kernelPer = kernelPer
+        self._files = files
         self._numbers = itertools.count(1)
 
     def requestAvatar(
@@ -201,6 +216,8 @@ class KernelRealm:
         if self._kernelPer == "connection":
             user = f"{user}#{next(self._numbers)}"
         avatar = KernelAvatar(self._backend, user, self._acceptEnv)
+        if self._files is not None:
+            avatar.serveFiles(self._files)
         return IConchUser, avatar, avatar.logout
 
 

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "conchkernel"
 MAY_IMPORT: dict[str, set[str]] = {
     # shared ground
     "errors": set(),
-    "interfaces": {"errors"},
+    "interfaces": {"errors", "files"},
     "files": {"errors"},
     "allocator": set(),
     "wire": set(),
@@ -30,6 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the joints
     "avatars": {"errors", "interfaces", "files", "ssh"},
     "sftp": {"errors", "interfaces", "files", "ssh"},
+    # files of this machine, and stores around stores
+    "localfiles": {"errors", "files"},
     # a backend without Jupyter, on the kernel column's own link
     "loopback": {"allocator", "errors", "interfaces", "wire", "remote", "jupyter", "_fastpty"},
     # the public test kit

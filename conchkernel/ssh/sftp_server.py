@@ -1,0 +1,469 @@
+"""The SFTP subsystem of a session: flow control around :mod:`conchkernel.ssh.sftp_requests`.
+
+Every request is answered once. What is under way is bounded in number and in bytes; beyond that
+requests stay unread, the channel's window is not given back, and the client waits. READ and WRITE
+of a store that answers at once cost a parsed header and a call. Answers of one turn leave together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from conchkernel.errors import ConchKernelError
+from conchkernel.interfaces import ExitStatus
+from conchkernel.ssh import sftp_packets as packets
+from conchkernel.ssh.channel import printable
+from conchkernel.ssh.fields import ProtocolError
+from conchkernel.ssh.sftp_handles import Handles
+from conchkernel.ssh.sftp_order import Mode, Order, Task, place
+from conchkernel.ssh.sftp_packets import (
+    MALFORMED,
+    MAX_DATA_BYTES,
+    UNKNOWN_EXTENSION,
+    Kind,
+    RequestReader,
+    Status,
+)
+from conchkernel.ssh.sftp_requests import RULES, Requests, extensionsFor
+from conchkernel.ssh.sftp_status import statusOf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conchkernel.files import IFileStore
+    from conchkernel.ssh.sessions import SessionChannel
+    from conchkernel.ssh.sftp_handles import Handle
+    from conchkernel.ssh.sftp_packets import Reply
+
+#: Requests under way in a session. OpenSSH's clients send up to 64, sshfs and asyncssh 128.
+MAX_UNDER_WAY = 128
+#: Bytes under way: of WRITEs, of READs as they asked for, of answers that wait. 32 requests of the
+#: largest size, which is 400 MB/s over 20 ms.
+MAX_BYTES_UNDER_WAY = 8 * 1024 * 1024
+#: Answers that wait for the client, beyond which no request is begun: more of them would make
+#: nothing faster.
+MAX_ANSWER_BYTES = 1024 * 1024
+#: Answers are joined up to this size on their way to the channel.
+_JOIN_BYTES = 128 * 1024
+#: A task is charged this much for its objects, beside its bytes.
+_TASK_BYTES = 512
+#: What sftp-server exits with when its client talks nonsense.
+_NONSENSE_STATUS = 11
+_MAX_OFFSET = 2**63 - 1
+
+
+class ServedFiles:
+    """A store, served on a session channel.
+
+    :param channel: it is attached to at once, and what comes before the store is there waits.
+    :param findStore: called once; may be answered late.
+    :param clock: for answers to leave together; without one they leave as they come.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        channel: SessionChannel,
+        findStore: Callable[[], Deferred[IFileStore]],
+        clock: Any = None,
+    ) -> None:
+        self._channel = channel
+        self._clock = clock
+        self._reader = RequestReader()
+        self._handles = Handles()
+        self._order = Order()
+        self._store: IFileStore | None = None
+        self._requests: Requests | None = None
+        self._tasks: dict[Task, None] = {}
+        self._bytesUnderWay = 0
+        # Packets, or parts of one, for the client.
+        self._answers: deque[bytes | memoryview] = deque()
+        self._answerBytes = 0
+        self._granted = self._written = self._taken = 0
+        # What need not wait any more, while others are being begun.
+        self._ready: deque[Task] = deque()
+        self._running = False
+        self._inTurn = self._turnCalled = False
+        self._inputEnded = self._stopped = False
+        finding = self._finding = findStore()
+        channel.attach(self._receive, self._endInput, self._grant)
+        finding.addCallbacks(self._begin, self._noStore)
+        finding.addErrback(self._noStore)
+
+    # --- beginning and end -------------------------------------------------------------------
+
+    def _begin(self, store: IFileStore) -> None:
+        if self._stopped:
+            _forget(store.close())
+            return
+        self._store = store
+        self._requests = Requests(store, self._handles)
+        self._turn()
+
+    def _noStore(self, reason: Failure) -> None:
+        if self._stopped:
+            return
+        error = reason.value
+        if not isinstance(error, ConchKernelError):
+            if not isinstance(error, CancelledError):
+                self._log.failure("no files for a session", reason)
+            error = ConchKernelError("files are not available (internal error)")
+        # Before any turn: it would answer with what is not there.
+        self._stop()
+        if self._clock is None:
+            self._channel.streamClosed(error)
+        else:
+            # The request for the subsystem is answered first: only then stderr is read.
+            self._clock.callLater(0, self._channel.streamClosed, error)
+
+    def _endInput(self) -> None:
+        self._inputEnded = True
+        self._turn()
+
+    def _nonsense(self, error: ProtocolError) -> None:
+        """The client's stream cannot be followed any more."""
+        self._flush()
+        self._stop()
+        self._channel.writeError(str(error))
+        self._channel.streamExited(ExitStatus(_NONSENSE_STATUS))
+
+    def channelClosed(self) -> None:
+        """The channel is gone: so is all that is under way or open. Called once."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._store is None:
+            self._finding.cancel()
+        tasks, self._tasks = self._tasks, {}
+        for task in tasks:
+            if task.deferred is not None:
+                task.deferred.cancel()
+        self._handles.clear()
+        self._answers.clear()
+        if self._store is not None:
+            _forget(self._store.close())
+
+    # --- turns -------------------------------------------------------------------------------
+
+    def _receive(self, data: bytes) -> None:
+        self._reader.feed(data)
+        self._turn()
+
+    def _grant(self, limit: int) -> None:
+        self._granted = limit
+        if self._answers:
+            self._turn()
+
+    def _turn(self) -> None:
+        """Begin what may be begun and send what may be sent, until neither goes on."""
+        if self._inTurn or self._stopped or self._requests is None:
+            return
+        self._inTurn = True
+        try:
+            self._beginRequests()
+            while self._flush() and not self._stopped:
+                self._beginRequests()
+        except ProtocolError as error:
+            self._nonsense(error)
+        finally:
+            self._inTurn = False
+        if self._stopped:
+            return
+        taken = self._reader.taken
+        if taken != self._taken:
+            taken, self._taken = taken - self._taken, taken
+            self._channel.consumed(taken)
+        if self._inputEnded and not self._tasks and not self._answers and not self._stopped:
+            self._stop()
+            self._channel.streamExited(ExitStatus(0))
+
+    def _turnSoon(self) -> None:
+        if self._clock is None:
+            self._turn()
+        elif not self._turnCalled:
+            self._turnCalled = True
+            self._clock.callLater(0, self._calledTurn)
+
+    def _calledTurn(self) -> None:
+        self._turnCalled = False
+        self._turn()
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def _beginRequests(self) -> None:
+        nextRequest = self._reader.next
+        tasks = self._tasks
+        while (
+            self._answerBytes < MAX_ANSWER_BYTES
+            and len(tasks) < MAX_UNDER_WAY
+            and self._bytesUnderWay < MAX_BYTES_UNDER_WAY
+        ):
+            request = nextRequest()
+            if request is None:
+                return
+            what, requestId, arguments = request
+            if what == Kind.READ:
+                self._read(requestId, *arguments)
+            elif what == Kind.WRITE:
+                self._write(requestId, *arguments)
+            else:
+                self._beginOther(what, requestId, arguments)
+
+    def _read(self, requestId: int, token: bytes, offset: int, length: int) -> None:
+        handle = self._handles.get(token)
+        if handle is None or handle.isListing:
+            self._noHandle(requestId)
+            return
+        if offset > _MAX_OFFSET:
+            self._answer(requestId, packets.status(Status.BAD_MESSAGE, "no such offset"))
+            return
+        length = min(length, MAX_DATA_BYTES)
+        task = None
+        if self._order.isFree(handle, Mode.READING, offset):
+            try:
+                data = handle.opened.read(offset, length)
+            except Exception as error:
+                self._fail(requestId, error)
+                return
+            if not isinstance(data, Deferred):
+                self._data(requestId, data, length)
+                return
+            task = self._readTask(requestId, handle, offset, length)
+            self._take(task)
+            self._order.join(task)
+            self._await(task, data)
+        else:
+            task = self._readTask(requestId, handle, offset, length)
+            self._admit(task)
+
+    def _readTask(self, requestId: int, handle: Handle, offset: int, length: int) -> Task:
+        return Task(
+            requestId, handle.opened.read, (offset, length), Mode.READING,
+            handles=(handle,), span=(offset, offset + length), cost=length,
+        )  # fmt: skip
+
+    def _write(self, requestId: int, token: bytes, offset: int, data: bytes) -> None:
+        handle = self._handles.get(token)
+        if handle is None or handle.isListing:
+            self._noHandle(requestId)
+            return
+        end = offset + len(data)
+        if end > _MAX_OFFSET:
+            self._answer(requestId, packets.status(Status.BAD_MESSAGE, "no such offset"))
+            return
+        mode = Mode.ALONE if handle.appends else Mode.WRITING
+        if self._order.isFree(handle, mode, offset):
+            try:
+                written = handle.opened.write(offset, data)
+            except Exception as error:
+                self._fail(requestId, error)
+                return
+            if written is None:
+                self._answer(requestId, packets.OK)
+                return
+            task = self._writeTask(requestId, handle, offset, data, mode)
+            # The store has them now; it is the bytes that count here, not who holds them.
+            task.arguments = ()
+            self._take(task)
+            self._order.join(task)
+            self._await(task, written)
+        else:
+            self._admit(self._writeTask(requestId, handle, offset, data, mode))
+
+    def _writeTask(
+        self, requestId: int, handle: Handle, offset: int, data: bytes, mode: Mode
+    ) -> Task:
+        return Task(
+            requestId, handle.opened.write, (offset, data), mode,
+            changes=True, handles=(handle,), span=(offset, offset + len(data)), cost=len(data),
+        )  # fmt: skip
+
+    def _beginOther(self, what: int | bytes, requestId: int, arguments: tuple[Any, ...]) -> None:
+        """Any request but READ and WRITE."""
+        rule = RULES.get(what)
+        requests = self._requests
+        assert requests is not None
+        if rule is None:
+            self._answerUnusual(what, requestId, arguments)
+            return
+        fields = list(arguments)
+        cost = sum(len(field) for field in fields if type(field) is bytes)
+        for index in rule.paths:
+            fields[index] = requests.absolute(fields[index])
+        handles = []
+        for index in rule.handles:
+            handle = self._handles.get(fields[index])
+            if handle is None or not (rule.ofEither or handle.isListing is rule.ofListing):
+                self._noHandle(requestId)
+                return
+            fields[index] = handle
+            handles.append(handle)
+        if what == Kind.CLOSE:
+            self._handles.remove(arguments[0])
+        task = Task(
+            requestId, rule.operation, (requests, *fields), Mode.ALONE,
+            paths=tuple([place(fields[index]) for index in rule.paths]),
+            handles=tuple(handles), cost=cost,
+            changes=rule.changes and (not handles or any(handle.writes for handle in handles)),
+        )  # fmt: skip
+        self._admit(task)
+
+    def _answerUnusual(self, what: int | bytes, requestId: int, arguments: tuple[Any, ...]) -> None:
+        if what == MALFORMED:
+            self._answer(requestId, packets.status(Status.BAD_MESSAGE, arguments[0]))
+        elif what == Kind.INIT:
+            assert self._store is not None
+            self._send(packets.version(extensionsFor(self._store.features)))
+        elif what == UNKNOWN_EXTENSION:
+            sentence = f"unknown extension {printable(arguments[0])}"
+            self._answer(requestId, packets.status(Status.OP_UNSUPPORTED, sentence))
+        else:
+            self._answer(requestId, packets.status(Status.OP_UNSUPPORTED, "unknown request"))
+
+    # --- tasks -------------------------------------------------------------------------------
+
+    def _take(self, task: Task) -> None:
+        task.cost += _TASK_BYTES
+        self._tasks[task] = None
+        self._bytesUnderWay += task.cost
+
+    def _admit(self, task: Task) -> None:
+        self._take(task)
+        if self._order.add(task):
+            self._run(task)
+
+    def _run(self, task: Task) -> None:
+        self._ready.append(task)
+        if self._running:
+            # One after another, however long the row: not one within another.
+            return
+        self._running = True
+        try:
+            while self._ready and not self._stopped:
+                self._call(self._ready.popleft())
+        finally:
+            self._running = False
+
+    def _call(self, task: Task) -> None:
+        try:
+            result = task.operation(*task.arguments)
+        except Exception as error:
+            self._fail(task.requestId, error)
+            self._finish(task)
+            return
+        if isinstance(result, Deferred):
+            self._await(task, result)
+        else:
+            self._succeed(result, task)
+
+    def _await(self, task: Task, deferred: Deferred[Any]) -> None:
+        task.deferred = deferred
+        deferred.addCallbacks(
+            self._succeed, self._failed, callbackArgs=(task,), errbackArgs=(task,)
+        )
+
+    def _succeed(self, result: Any, task: Task) -> None:
+        task.deferred = None
+        if self._stopped:
+            return
+        if result is None:
+            self._answer(task.requestId, packets.OK)
+        elif type(result) is tuple:
+            self._answer(task.requestId, result)
+        else:
+            self._data(task.requestId, result, task.span[1] - task.span[0])
+        self._finish(task)
+
+    def _failed(self, reason: Failure, task: Task) -> None:
+        task.deferred = None
+        if self._stopped:
+            return
+        self._fail(task.requestId, reason.value)
+        self._finish(task)
+
+    def _finish(self, task: Task) -> None:
+        if self._tasks.pop(task, self) is self:
+            # Stopped meanwhile.
+            return
+        self._bytesUnderWay -= task.cost
+        for follower in self._order.remove(task):
+            self._run(follower)
+        if not self._inTurn:
+            self._turnSoon()
+
+    # --- answers -----------------------------------------------------------------------------
+
+    def _noHandle(self, requestId: int) -> None:
+        self._answer(requestId, packets.status(Status.FAILURE, "no such handle"))
+
+    def _fail(self, requestId: int, error: BaseException | None) -> None:
+        reply = statusOf(error)
+        if reply is None:
+            self._log.failure("an SFTP request failed unexpectedly", Failure(error))
+            reply = packets.status(Status.FAILURE, "internal error")
+        self._answer(requestId, reply)
+
+    def _answer(self, requestId: int, reply: Reply) -> None:
+        self._send(packets.frame(reply[0], requestId, reply[1]))
+
+    def _send(self, packet: bytes) -> None:
+        self._answers.append(packet)
+        self._answerBytes += len(packet)
+
+    def _data(self, requestId: int, data: bytes, length: int) -> None:
+        size = len(data)
+        if not size and length:
+            self._answer(requestId, packets.END_OF_FILE)
+            return
+        if size > length:
+            # Clients end the session for this.
+            data, size = data[:length], length
+        self._answers.append(packets.dataHead(requestId, size))
+        self._answers.append(data)
+        self._answerBytes += size + 13
+
+    def _flush(self) -> bool:
+        """Send what was granted; whether anything was sent."""
+        answers = self._answers
+        room = self._granted - self._written
+        if not answers or room <= 0:
+            return False
+        write = self._channel.write
+        while answers and room > 0:
+            pieces: list[bytes | memoryview] = []
+            size = 0
+            bound = min(room, _JOIN_BYTES)
+            while answers and size < bound:
+                piece = answers.popleft()
+                size += len(piece)
+                pieces.append(piece)
+            if size > room:
+                # Only the last piece is too long.
+                last = memoryview(pieces[-1])
+                keep = len(last) - (size - room)
+                pieces[-1] = last[:keep]
+                answers.appendleft(last[keep:])
+                size = room
+            self._written += size
+            self._answerBytes -= size
+            room -= size
+            write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            # The channel may have granted more, or have closed.
+            room = self._granted - self._written
+            answers = self._answers
+        return True
+
+
+def _forget(closing: Deferred[Any]) -> None:
+    """Nobody is left who could be told how it went."""
+    closing.addErrback(lambda reason: None)
+
