@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from twisted.internet.defer import Deferred
 
+    from conchkernel.files import IFileStore
+
 
 @dataclass(frozen=True, slots=True)
 class WindowSize:
@@ -156,8 +158,19 @@ class IKernelLink(Interface):
     def openProcess(request: ProcessRequest, receiver: IStreamReceiver) -> IStream:
         """Start a process. Bytes may be written at once; a refusal comes as ``streamClosed``."""
 
+    def openFiles(root: bytes | None, readOnly: bool) -> Deferred[IFileStore]:
+        """Files on the kernel's host.
+
+        :param root: a directory that is the store's ``/`` and that no path leaves; ``None`` for
+            the whole host, paths as they are there.
+        :returns: a Deferred :class:`~conchkernel.files.IFileStore`, to be closed by its user.
+            Cancellable.
+        :raises conchkernel.errors.StreamRefused: (as failure) where there cannot be one.
+        :raises conchkernel.errors.LinkLost: (as failure) when the road was cut.
+        """
+
     def release() -> None:
-        """This use is over; its remaining streams close. Idempotent."""
+        """This use is over; its remaining streams and stores close. Idempotent."""
 
 
 class IBackend(Interface):

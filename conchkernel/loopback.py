@@ -29,6 +29,7 @@ from zope.interface import implementer
 from conchkernel import wire
 from conchkernel.allocator import ENVIRONMENT
 from conchkernel.errors import JupyterUnreachable, LinkLost
+from conchkernel.files import IFileStore
 from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
 from conchkernel.jupyter import injection
 from conchkernel.jupyter.link import CarrierUser, KernelStream, Link
@@ -121,6 +122,13 @@ class _Use:
         self._streams = [stream for stream in self._streams if not stream.over]
         self._streams.append(stream)
         return stream
+
+    def openFiles(self, root: bytes | None, readOnly: bool) -> Deferred[IFileStore]:
+        """See :class:`IKernelLink`."""
+        store = self._link.openFiles(root, readOnly)
+        self._streams = [stream for stream in self._streams if not stream.over]
+        self._streams.append(store.stream)
+        return store.ready
 
     def release(self) -> None:
         """See :class:`IKernelLink`."""

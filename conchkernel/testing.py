@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.conch.ssh import connection as messages
 from twisted.internet.address import IPv4Address
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from zope.interface import implementer
 
+from conchkernel.errors import RefusalCode, StreamRefused
 from conchkernel.interfaces import (
     Exit,
     ExitStatus,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from conchkernel.avatars import KernelAvatar
+    from conchkernel.files import IFileStore
 
 
 SUCCESS = ExitStatus(0)
@@ -215,10 +217,12 @@ class MemoryLink:
     """A link whose processes are :class:`MemoryStream`.
 
     :param program: called with each stream that is opened, to script it.
+    :ivar files: the store that whoever asks for files gets; ``None`` to refuse.
     """
 
     def __init__(self, program: Callable[[MemoryStream], None] | None = None) -> None:
         self.streams: list[MemoryStream] = []
+        self.files: IFileStore | None = None
         self.released = False
         self._program = program
 
@@ -228,6 +232,12 @@ class MemoryLink:
         if self._program is not None:
             self._program(stream)
         return stream
+
+    def openFiles(self, root: bytes | None, readOnly: bool) -> Deferred[IFileStore]:
+        if self.files is None:
+            refused = StreamRefused(RefusalCode.UNKNOWN_KIND, "there are no files in memory")
+            return fail(refused)
+        return succeed(self.files)
 
     def release(self) -> None:
         if not self.released:

@@ -33,7 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # files of this machine, and stores around stores
     "localfiles": {"errors", "files"},
     # a backend without Jupyter, on the kernel column's own link
-    "loopback": {"allocator", "errors", "interfaces", "wire", "remote", "jupyter", "_fastpty"},
+    "loopback": {
+        "allocator", "errors", "interfaces", "files", "wire", "remote", "jupyter", "_fastpty",
+    },
     # the public test kit
     "testing": {"errors", "interfaces", "files", "wire", "remote", "avatars", "ssh", "jupyter"},
     # the edges

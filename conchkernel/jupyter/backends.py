@@ -20,7 +20,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from conchkernel.errors import ConfigurationError, JupyterError, LinkLost
+from conchkernel.errors import ConfigurationError, JupyterError, KernelRefused, LinkLost
+from conchkernel.files import IFileStore
 from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
 from conchkernel.jupyter.kernel import KernelRoad
 from conchkernel.jupyter.link import KernelStream, Link
@@ -79,6 +80,13 @@ class KernelUse:
         self._streams = {other for other in self._streams if not other.over}
         self._streams.add(stream)
         return stream
+
+    def openFiles(self, root: bytes | None, readOnly: bool) -> Deferred[IFileStore]:
+        """See :class:`IKernelLink`."""
+        store = self._kernel.link.openFiles(root, readOnly)
+        self._streams = {other for other in self._streams if not other.over}
+        self._streams.add(store.stream)
+        return store.ready
 
     def release(self) -> None:
         """See :class:`IKernelLink`."""
@@ -232,9 +240,20 @@ class JupyterBackend:
         if self._client is None:
             if self._agent is None:
                 self._agent = make_agent(self.reactor, self._caFile)
-            self._client = await discover(self.reactor, self._urlText, agent=self._agent)
+            client = await discover(self.reactor, self._urlText, agent=self._agent)
+            await self._checkName(client)
+            self._client = client
         if self._prestart is not None:
             await self._kernel(self._prestart).ready()
+
+    async def _checkName(self, client: JupyterClient) -> None:
+        if self._kernelName is not None:
+            known = (await client.kernelspecs()).languages
+            if self._kernelName not in known:
+                raise KernelRefused(
+                    f"the Jupyter server has no kernel named {self._kernelName}; "
+                    f"it has {', '.join(sorted(known)[:20]) or 'none'}"
+                )
 
     async def stop(self) -> None:
         """End every kernel and agent that was started here, and every connection."""

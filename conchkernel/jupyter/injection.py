@@ -26,6 +26,10 @@ _AGENT_MODULES = (
     ("conchkernel.remote.ttymodes", "conchkernel.remote", "ttymodes.py"),
     ("conchkernel.remote.pump", "conchkernel.remote", "pump.py"),
     ("conchkernel.remote.process", "conchkernel.remote", "process.py"),
+    ("conchkernel.remote.filewire", "conchkernel.remote", "filewire.py"),
+    ("conchkernel.remote.paths", "conchkernel.remote", "paths.py"),
+    ("conchkernel.remote.fileops", "conchkernel.remote", "fileops.py"),
+    ("conchkernel.remote.files", "conchkernel.remote", "files.py"),
     ("conchkernel.remote.agent", "conchkernel.remote", "agent.py"),
 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +36,7 @@ from conchkernel.interfaces import (
     ProcessRequest,
     WindowSize,
 )
+from conchkernel.jupyter.agentfiles import AgentFileStore
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
@@ -47,6 +49,8 @@ RETRY_MOST_SECONDS = 15.0
 #: A session that is asked for longer than this to say farewell is left alone.
 FAREWELL_SECONDS = 4.0
 ATTACH_SECONDS = 20.0
+#: A limit that no stream reaches.
+EVERYTHING = 2**63
 
 
 class Carrier(Protocol):
@@ -383,6 +387,30 @@ class Link:
 
     @property
     def busy(self) -> bool:
+    def openFiles(self, root: bytes | None, readOnly: bool) -> AgentFileStore:
+        """Files on the kernel's host; the store fires its ``ready`` when it can be used.
+
+        See :meth:`conchkernel.interfaces.IKernelLink.openFiles`.
+        """
+        parameters: dict[str, Any] = {"kind": "files", "read_only": readOnly}
+        if "directory" in self._defaults:
+            parameters["directory"] = os.fsencode(self._defaults["directory"]).decode("latin-1")
+        if root is not None:
+            parameters["root"] = root.decode("latin-1")
+        store = AgentFileStore()
+        stream = KernelStream(self, store)
+        store.began(stream)
+        if self._state is _State.CLOSED:
+            stream.lostSoon(LinkLost("the gateway is stopping"))
+            return store
+        stream.wire = self._endpoint.open(parameters, stream)
+        self._streams.add(stream)
+        if self._state is _State.DETACHED:
+            self._expectSoon()
+        # What comes is taken at once: those who ask bound it.
+        stream.grant(EVERYTHING)
+        return store
+
         """Whether any stream is open."""
         return bool(self._streams)
 

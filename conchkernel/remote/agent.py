@@ -1,8 +1,9 @@
 """The agent: a small process on the kernel's host that runs shells and commands for a gateway.
 
 It is started by the relay inside the kernel, detaches, and listens on a Unix socket that only its
-own account can reach. One event loop, no threads, standard library only. It never looks for work:
-it ends at the gateway's word, or when no gateway has been heard for the orphan timeout.
+own account can reach. One event loop, standard library only; system calls on files, which may take
+any time, are made on threads of their own (:mod:`conchkernel.remote.files`). It never looks for
+work: it ends at the gateway's word, or when no gateway has been heard for the orphan timeout.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from conchkernel import wire
+from conchkernel.remote.files import CannotServe, FileService
 from conchkernel.remote.process import CannotRun, Process
 
 MAX_SESSIONS = 64
@@ -29,6 +31,8 @@ _LENGTH = struct.Struct(">I")
 _RECEIVE = 1024 * 1024
 #: A carrier that takes nothing holds back at most one message; the rest waits in the session.
 _SEND_BUFFER = 512 * 1024
+#: What an OPEN may ask for.
+_KINDS: dict[Any, Callable[..., Any]] = {"process": Process, "files": FileService}
 
 
 class Agent:
@@ -53,6 +57,8 @@ class Agent:
         self._writers: dict[int, Callable[[int], None]] = {}
         self._dirty: set[Session] = set()
         self._look: set[Process] = set()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._wake_fd = -1
         self._orphan_timeout = float(options["orphan_timeout"])
         self._last_used = time.monotonic()
         self._ending = False
@@ -64,6 +70,7 @@ class Agent:
         wake_r, wake_w = os.pipe()
         os.set_blocking(wake_r, False)
         os.set_blocking(wake_w, False)
+        self._wake_fd = wake_w
         signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -149,11 +156,28 @@ class Agent:
         self._look.add(process)
         self._dirty.add(process.session)
 
+    def post(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called by the loop; for other threads."""
+        self._posted.append(callback)
+        try:
+            os.write(self._wake_fd, b"\0")
+        except BlockingIOError:
+            pass  # it is full of reasons to wake
+
     def _woken(self, fd: int) -> None:
         try:
             os.read(fd, 4096)
         except BlockingIOError:
             pass
+        while self._posted:
+            callback: Any = self._posted.popleft()
+            try:
+                callback()
+            except Exception:
+                callback.__self__.failed()
+        self._reap()
+
+    def _reap(self) -> None:
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -228,7 +252,7 @@ class Session:
         self.heard = time.monotonic()
         self._agent = agent
         self._carrier: Carrier | None = None
-        self._streams: dict[int, Process] = {}
+        self._streams: dict[int, Any] = {}
         self._farewell = False
 
     def attach(self, carrier: Carrier, received: int, new: bool) -> None:
@@ -294,25 +318,27 @@ class Session:
         """The session is over: terminals hang up, pipes close."""
         self._agent.sessions.pop(self.name, None)
         self.detach()
-        for process in list(self._streams.values()):
-            process.hang_up()
+        for service in list(self._streams.values()):
+            service.hang_up()
         self._streams.clear()
 
     def _opened(self, stream: wire.Stream, parameters: dict[str, Any]) -> None:
         for stream_id in [n for n in self._streams if n not in self.endpoint.streams]:
             del self._streams[stream_id]
-        if parameters.get("kind") != "process":
+        kind = parameters.get("kind")
+        make = _KINDS.get(kind) if isinstance(kind, str) else None
+        if make is None:
             wire.refuse(stream, 3, "the agent does not know this kind of stream")
             return
         try:
-            process = Process(self._agent, self, stream, parameters)
-        except CannotRun as error:
+            service = make(self._agent, self, stream, parameters)
+        except (CannotRun, CannotServe) as error:
             wire.refuse(stream, 4, str(error))
         except OSError as error:
-            wire.refuse(stream, 4, f"no process can be started: {error.strerror}")
+            wire.refuse(stream, 4, f"nothing can be started for it: {error.strerror}")
         else:
-            stream.receiver = process
-            self._streams[stream.id] = process
+            stream.receiver = service
+            self._streams[stream.id] = service
 
     def _told(self, frame_type: int, payload: bytes) -> None:
         if frame_type != wire.GOODBYE:
