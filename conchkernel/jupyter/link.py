@@ -381,12 +381,6 @@ class Link:
             self.wake()
         return stream
 
-    def forget(self, stream: KernelStream) -> None:
-        """The stream is over."""
-        self._streams.discard(stream)
-
-    @property
-    def busy(self) -> bool:
     def openFiles(self, root: bytes | None, readOnly: bool) -> AgentFileStore:
         """Files on the kernel's host; the store fires its ``ready`` when it can be used.
 
@@ -411,6 +405,12 @@ class Link:
         stream.grant(EVERYTHING)
         return store
 
+    def forget(self, stream: KernelStream) -> None:
+        """The stream is over."""
+        self._streams.discard(stream)
+
+    @property
+    def busy(self) -> bool:
         """Whether any stream is open."""
         return bool(self._streams)
 
