@@ -44,6 +44,7 @@ from conchkernel.service import GatewayService
 from conchkernel.ssh import hostkeys
 from conchkernel.ssh.checkers import AuthorizedKeysChecker
 from conchkernel.ssh.factory import GatewayFactory
+from conchkernel.stores import StoreChoice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -226,7 +227,9 @@ class Demo:
         backend = JupyterBackend(self._reactor, url, state_dir=state)
         checker = AuthorizedKeysChecker([await self._authorizedKeys()])
         factory = GatewayFactory(
-            Portal(KernelRealm(backend), [checker]), [hostKey], reactor=self._reactor
+            Portal(KernelRealm(backend, files=StoreChoice(backend.contents)), [checker]),
+            [hostKey],
+            reactor=self._reactor,
         )
         endpoint = TCP4ServerEndpoint(self._reactor, self._port, interface="127.0.0.1")
         service = GatewayService(

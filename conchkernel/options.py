@@ -97,6 +97,10 @@ class Options(usage.Options, AuthOptionMixin):
         ["shell", None, None, "Shell on the kernel's host (default: its account's login shell)."],
         ["working-dir", None, None, "Where shells and commands start "
          "(default: Jupyter's root directory)."],
+        ["files", None, "auto", "Where sftp and scp find files: on the kernel's host through the "
+         "'agent', below Jupyter's root through its 'contents' API, or 'auto': the one that "
+         "works.", Value("files", oneOf("auto", "agent", "contents"))],
+        ["sftp-root", None, None, "A directory that sftp sessions see as / and cannot leave."],
         ["orphan-timeout", None, 120.0, "Time that shells survive a gateway that has died.",
          Value("orphan-timeout", seconds)],
         ["log-level", None, "info", "Least level that is logged: debug, info, warn, error or "
@@ -115,6 +119,7 @@ class Options(usage.Options, AuthOptionMixin):
     ]  # fmt: skip
 
     optFlags = [  # noqa: RUF012
+        ["sftp-read-only", None, "Let sftp sessions change nothing."],
         ["wait-for-jupyter", None, "Keep trying while Jupyter cannot be used, instead of giving "
          "up at the start."],
         ["i-know-this-is-open", None, "Let --auth anonymous listen on other than loopback."],

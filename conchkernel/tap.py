@@ -6,6 +6,7 @@ does that for the runners, and ``docs/embedding.md`` joins the parts without any
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from conchkernel.ssh.checkers import (
 )
 from conchkernel.ssh.factory import GatewayFactory
 from conchkernel.ssh.sessions import ACCEPT_ENV
+from conchkernel.stores import Files, StoreChoice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +73,12 @@ def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
         backend,
         acceptEnv=(*ACCEPT_ENV, *options["accept-env"]),
         kernelPer=options["kernel-per"],
+        files=StoreChoice(
+            backend.contents,
+            files=Files(options["files"]),
+            root=os.fsencode(options["sftp-root"]) if options["sftp-root"] else None,
+            readOnly=bool(options["sftp-read-only"]),
+        ),
     )
     factory = GatewayFactory(
         Portal(realm, _checkers(options)),

@@ -32,6 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sftp": {"errors", "interfaces", "files", "ssh"},
     # files of this machine, and stores around stores
     "localfiles": {"errors", "files"},
+    "memoryfiles": {"errors", "files"},
+    "filepolicies": {"errors", "files"},
+    "stores": {"errors", "files", "filepolicies", "avatars"},
     # a backend without Jupyter, on the kernel column's own link
     "loopback": {
         "allocator", "errors", "interfaces", "files", "wire", "remote", "jupyter", "_fastpty",
@@ -42,9 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service": {"errors"},
     "values": {"ssh"},
     "options": {"errors", "values", "ssh", "jupyter"},
-    "tap": {"errors", "options", "service", "avatars", "ssh", "jupyter"},
+    "tap": {"errors", "stores", "options", "service", "avatars", "ssh", "jupyter"},
     "process": {"allocator", "errors", "service", "tap"},
-    "demo": {"allocator", "errors", "service", "avatars", "ssh", "jupyter"},
+    "demo": {"allocator", "errors", "stores", "service", "avatars", "ssh", "jupyter"},
     "cli": {"demo"},
     "": {"errors", "service", "avatars", "ssh", "jupyter"},
 }

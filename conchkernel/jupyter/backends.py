@@ -20,9 +20,16 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from conchkernel.errors import ConfigurationError, JupyterError, KernelRefused, LinkLost
+from conchkernel.errors import (
+    ConfigurationError,
+    JupyterError,
+    KernelRefused,
+    KernelUnsupported,
+    LinkLost,
+)
 from conchkernel.files import IFileStore
 from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
+from conchkernel.jupyter.contents import ContentsFileStore
 from conchkernel.jupyter.kernel import KernelRoad
 from conchkernel.jupyter.link import KernelStream, Link
 from conchkernel.jupyter.proxy import RoadAgent, make_agent
@@ -244,7 +251,11 @@ class JupyterBackend:
             await self._checkName(client)
             self._client = client
         if self._prestart is not None:
-            await self._kernel(self._prestart).ready()
+            try:
+                await self._kernel(self._prestart).ready()
+            except KernelUnsupported as error:
+                # Files can be had all the same; whoever wants a shell is told this sentence.
+                self._log.warn("no shells: {reason}", reason=str(error))
 
     async def _checkName(self, client: JupyterClient) -> None:
         if self._kernelName is not None:
@@ -272,6 +283,15 @@ class JupyterBackend:
         if self._client is None or self.stopping:
             return fail(LinkLost("the gateway has no Jupyter server now; try again in a moment"))
         return self._kernel(user).connect()
+
+    def contents(self) -> IFileStore:
+        """A file store over the Contents API, which needs no kernel.
+
+        :raises LinkLost: while there is no server.
+        """
+        if self._client is None or self.stopping:
+            raise LinkLost("the gateway has no Jupyter server now; try again in a moment")
+        return ContentsFileStore(self.reactor, self._client)
 
     def _kernel(self, user: str) -> UserKernel:
         kernel = self._kernels.get(user)

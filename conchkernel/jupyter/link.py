@@ -49,6 +49,8 @@ RETRY_MOST_SECONDS = 15.0
 #: A session that is asked for longer than this to say farewell is left alone.
 FAREWELL_SECONDS = 4.0
 ATTACH_SECONDS = 20.0
+FIRST_PINGS = 5
+FIRST_PING_SECONDS = 0.2
 #: A limit that no stream reaches.
 EVERYTHING = 2**63
 
@@ -130,6 +132,7 @@ class Link:
         self._attempts = 0
         self._complained = False
         self._heard = 0.0
+        self._pings = 0
         self._newSession()
 
     def _newSession(self) -> None:
@@ -195,9 +198,9 @@ class Link:
             self._log.info("the link to the kernel's host is back")
         self._cancel("_giveUp")
         self._cancel("_ping")
-        self._endpoint.ping(self._reactor.seconds())
-        self._ping = self._reactor.callLater(self._pingSeconds, self._keepAlive)
-        self.wake()
+        self._pings = 0
+        self._ping = None
+        self._keepAlive()
 
     def _keepAlive(self) -> None:
         now = self._reactor.seconds()
@@ -206,7 +209,10 @@ class Link:
             self._detach(LinkLost("the kernel's host does not answer any more"))
             return
         self._endpoint.ping(now)
-        self._ping = self._reactor.callLater(self._pingSeconds, self._keepAlive)
+        # The first ones go quickly: the least of them is taken for the road's own round trip.
+        self._pings += 1
+        pause = self._pingSeconds if self._pings > FIRST_PINGS else FIRST_PING_SECONDS
+        self._ping = self._reactor.callLater(min(pause, self._pingSeconds), self._keepAlive)
         self.wake()
 
     def _cancel(self, name: str) -> None:

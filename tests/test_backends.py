@@ -1,0 +1,80 @@
+"""Which kernel is whose, and what is said when there is none."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+
+from conchkernel.errors import ConfigurationError, KernelRefused, KernelUnsupported, LinkLost
+from conchkernel.jupyter import injection
+from conchkernel.jupyter.backends import JupyterBackend, identity
+
+
+def test_an_identity_is_made_once_and_private(tmp_path):
+    """Mode 0600 in a directory of mode 0700; the second time it is the same."""
+    state = tmp_path / "a" / "state"
+    first = identity(state)
+    assert identity(state) == first
+    assert len(first) == 32
+    assert stat.S_IMODE((state / "identity").stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert [path.name for path in state.iterdir()] == ["identity"]
+
+
+@pytest.mark.parametrize("content", ["", "zz", "00" * 31])
+def test_a_damaged_identity_is_a_sentence(tmp_path, content):
+    """It is not replaced behind the operator's back: kernels hang on it."""
+    (tmp_path / "identity").write_text(content)
+    with pytest.raises(ConfigurationError, match=r"state directory|damaged"):
+        identity(tmp_path)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_unknown_kernel_name_is_answered_with_the_known_ones(currentJupyter, tmp_path):
+    """Before anything is started."""
+    backend = JupyterBackend(
+        reactor, currentJupyter.pasted, state_dir=tmp_path, kernel_name="fortran"
+    )
+    with pytest.raises(KernelRefused, match=r"no kernel named fortran; it has .*python3"):
+        await backend.start()
+    await backend.stop()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_backend_that_has_not_started_says_so(tmp_path):
+    """Not a hang, not a traceback."""
+    backend = JupyterBackend(reactor, "http://127.0.0.1:1/", state_dir=tmp_path)
+    with pytest.raises(LinkLost, match="try again"):
+        await backend.connect("owner")
+    await backend.stop()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"status": "error", "ename": "ImportError", "evalue": "no zmq here"},
+        {"status": "aborted"},
+        {"status": "ok"},
+        {"status": "ok", "user_expressions": {"version": {"status": "error"}}},
+        {"status": "ok", "user_expressions": {"version": {"data": {"text/plain": "'old'"}}}},
+        {"status": "ok", "user_expressions": {"version": {"data": {"text/plain": "1 +"}}}},
+        {"status": "ok", "user_expressions": []},
+    ],
+)
+def test_an_injection_that_failed_is_a_sentence(reply):
+    """Whatever a kernel answers."""
+    with pytest.raises(KernelUnsupported, match="--kernel-name"):
+        injection.check(reply)
+
+
+def test_the_injection_is_bounded_and_versioned():
+    """One request of modest size; the sources' digest is their version."""
+    content = injection.injection()
+    assert len(content["code"]) < 200_000
+    assert content["silent"] is True
+    assert content["store_history"] is False
+    assert len(injection.version()) == 16
+    compile(content["code"], "cell", "exec")
