@@ -16,12 +16,14 @@ from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.python.failure import Failure
 
 from conchkernel import AuthorizedKeysChecker, GatewayFactory, KernelRealm
+from conchkernel.allocator import keepLargeBuffers
 from conchkernel.loopback import LoopbackBackend
 from conchkernel.ssh import hostkeys
 
 
 def main(port: str, state: str, keys: str, pump: str) -> None:
     """Serve until SIGTERM."""
+    keepLargeBuffers()
     reactor: Any = installed
     backend = LoopbackBackend(reactor, compiled=pump == "compiled")
     portal = Portal(KernelRealm(backend), [AuthorizedKeysChecker([Path(keys)])])

@@ -19,6 +19,8 @@ from conchkernel.ssh.fields import DisconnectCode
 from conchkernel.ssh.packets import Outbound
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from conchkernel.ssh.sealing import Data
 
 MSG_CHANNEL_DATA = 94
@@ -34,6 +36,9 @@ _MAXIMUM_CORKED_BYTES = 128 * 1024
 #: What is sent by us while TCP takes nothing, before we stop reading from this peer: replies that
 #: it asks for and does not take.
 _MAXIMUM_UNTAKEN_BYTES = 512 * 1024
+
+#: Output up to this may leave without waiting for the reactor's next turn.
+_PROMPT_BYTES = 4096
 
 #: Message numbers as the octet that starts a payload.
 NUMBER = tuple(bytes((number,)) for number in range(256))
@@ -68,6 +73,10 @@ class OutgoingPackets(SSHServerTransport):
         self._writable = False
         self._untakenBytes = 0
         self._readingPaused = False
+        # What is below us writes at once when told to, where it can do that.
+        self._writeNow: Callable[[], object] = _notNow
+        # The client has sent something since the last little answer that left at once.
+        self._heard = False
 
     # --- packets out -------------------------------------------------------------------------
 
@@ -131,6 +140,11 @@ class OutgoingPackets(SSHServerTransport):
         if self._tcpFull:
             self._countUntaken(len(body) + 32)
         self.transport.writeSequence(pieces)
+        if self._heard and len(body) <= _PROMPT_BYTES and not self._tcpFull:
+            # The echo of a key, most likely. Once for each read, so that a stream of little
+            # output is still joined.
+            self._heard = False
+            self._writeNow()
 
     def _flush(self) -> None:
         sealed, self._sealed = self._sealed, []
@@ -139,6 +153,8 @@ class OutgoingPackets(SSHServerTransport):
             if self._tcpFull:
                 self._countUntaken(size)
             self.transport.writeSequence(sealed)
+            if not (self._tcpFull or self._closing):
+                self._writeNow()
 
     def _cork(self) -> None:
         """Collect what is sent until :meth:`_uncork`."""
@@ -188,3 +204,7 @@ class OutgoingPackets(SSHServerTransport):
 
     def stopProducing(self) -> None:
         """TCP is gone; :meth:`connectionLost` follows."""
+
+
+def _notNow() -> None:
+    pass

@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.interfaces import IWriteDescriptor
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 
@@ -135,6 +136,9 @@ class GatewayTransport(OutgoingPackets):
             tcp.setTcpNoDelay(True)
         if isinstance(getattr(tcp, "bufferSize", None), int):
             tcp.bufferSize = _TCP_BUFFER_BYTES
+        if IWriteDescriptor.providedBy(tcp):
+            # A failure is left to the reactor, which still has what was not written.
+            self._writeNow = tcp.doWrite
         factory = self.factory
         self._exchange = KeyExchange(self.ourVersionString, factory.hostKeys, factory.algorithms)
         self.transport.registerProducer(self, True)
@@ -204,6 +208,7 @@ class GatewayTransport(OutgoingPackets):
                 data = rest
             inbound = self._inbound
             inbound.feed(data)
+            self._heard = True
             if self._corked:
                 return
             self._cork()
