@@ -206,7 +206,7 @@ def test_globalRequestsThatNobodyTakes(gateway: Gateway) -> None:
     attacker = Attacker(gateway)
     attacker.login()
     question = string(b"keepalive@openssh.com") + b"\1"
-    data = sealed(attacker, 80, question, 200_000)
+    data = sealed(attacker, 80, question, 400_000)
     assert attacker.flood(data) < len(data)
 
 
