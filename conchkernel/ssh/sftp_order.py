@@ -11,7 +11,7 @@ import enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from twisted.internet.defer import Deferred
 
@@ -40,8 +40,8 @@ class Task:
     """
 
     __slots__ = (
-        "arguments", "changes", "cost", "deferred", "followers", "handles", "mode", "operation",
-        "paths", "requestId", "span", "waitsFor",
+        "answer", "arguments", "changes", "cost", "deferred", "followers", "handles", "mode",
+        "operation", "paths", "requestId", "span", "waitsFor",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +67,8 @@ class Task:
         self.span = span
         #: Bytes that are held for it.
         self.cost = cost
+        #: The answer's packets once there is one; it waits for those to earlier requests.
+        self.answer: Sequence[bytes | memoryview] | None = None
         self.waitsFor = 0
         self.followers: list[Task] = []
         self.deferred: Deferred[Any] | None = None

@@ -33,7 +33,7 @@ from conchkernel.ssh.sftp_requests import RULES, Requests, extensionsFor
 from conchkernel.ssh.sftp_status import statusOf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from conchkernel.files import IFileStore
     from conchkernel.ssh.sessions import SessionChannel
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Requests under way in a session. OpenSSH's clients send up to 64, sshfs and asyncssh 128.
 MAX_UNDER_WAY = 128
+#: Requests whose answers wait for that of an earlier one.
+MAX_ROW = 1024
 #: Bytes under way: of WRITEs, of READs as they asked for, of answers that wait. 32 requests of the
 #: largest size, which is 400 MB/s over 20 ms.
 MAX_BYTES_UNDER_WAY = 8 * 1024 * 1024
@@ -85,6 +87,9 @@ class ServedFiles:
         # Packets, or parts of one, for the client.
         self._answers: deque[bytes | memoryview] = deque()
         self._answerBytes = 0
+        # Requests in their order, from the first that has no answer yet on; of one that was
+        # answered at once the answer itself.
+        self._row: deque[Task | Sequence[bytes | memoryview]] = deque()
         self._granted = self._written = self._taken = 0
         # What need not wait any more, while others are being begun.
         self._ready: deque[Task] = deque()
@@ -149,6 +154,7 @@ class ServedFiles:
                 task.deferred.cancel()
         self._handles.clear()
         self._answers.clear()
+        self._row.clear()
         if self._store is not None:
             _forget(self._store.close())
 
@@ -205,6 +211,7 @@ class ServedFiles:
         while (
             self._answerBytes < MAX_ANSWER_BYTES
             and len(tasks) < MAX_UNDER_WAY
+            and len(self._row) < MAX_ROW
             and self._bytesUnderWay < MAX_BYTES_UNDER_WAY
         ):
             request = nextRequest()
@@ -322,7 +329,7 @@ class ServedFiles:
             self._answer(requestId, packets.status(Status.BAD_MESSAGE, arguments[0]))
         elif what == Kind.INIT:
             assert self._store is not None
-            self._send(packets.version(extensionsFor(self._store.features)))
+            self._send((packets.version(extensionsFor(self._store.features)),))
         elif what == UNKNOWN_EXTENSION:
             sentence = f"unknown extension {printable(arguments[0])}"
             self._answer(requestId, packets.status(Status.OP_UNSUPPORTED, sentence))
@@ -334,6 +341,7 @@ class ServedFiles:
     def _take(self, task: Task) -> None:
         task.cost += _TASK_BYTES
         self._tasks[task] = None
+        self._row.append(task)
         self._bytesUnderWay += task.cost
 
     def _admit(self, task: Task) -> None:
@@ -357,7 +365,7 @@ class ServedFiles:
         try:
             result = task.operation(*task.arguments)
         except Exception as error:
-            self._fail(task.requestId, error)
+            self._fail(task.requestId, error, task)
             self._finish(task)
             return
         if isinstance(result, Deferred):
@@ -376,18 +384,18 @@ class ServedFiles:
         if self._stopped:
             return
         if result is None:
-            self._answer(task.requestId, packets.OK)
+            self._answer(task.requestId, packets.OK, task)
         elif type(result) is tuple:
-            self._answer(task.requestId, result)
+            self._answer(task.requestId, result, task)
         else:
-            self._data(task.requestId, result, task.span[1] - task.span[0])
+            self._data(task.requestId, result, task.span[1] - task.span[0], task)
         self._finish(task)
 
     def _failed(self, reason: Failure, task: Task) -> None:
         task.deferred = None
         if self._stopped:
             return
-        self._fail(task.requestId, reason.value)
+        self._fail(task.requestId, reason.value, task)
         self._finish(task)
 
     def _finish(self, task: Task) -> None:
@@ -405,31 +413,52 @@ class ServedFiles:
     def _noHandle(self, requestId: int) -> None:
         self._answer(requestId, packets.status(Status.FAILURE, "no such handle"))
 
-    def _fail(self, requestId: int, error: BaseException | None) -> None:
+    def _fail(
+        self, requestId: int, error: BaseException | None, task: Task | None = None
+    ) -> None:
         reply = statusOf(error)
         if reply is None:
             self._log.failure("an SFTP request failed unexpectedly", Failure(error))
             reply = packets.status(Status.FAILURE, "internal error")
-        self._answer(requestId, reply)
+        self._answer(requestId, reply, task)
 
-    def _answer(self, requestId: int, reply: Reply) -> None:
-        self._send(packets.frame(reply[0], requestId, reply[1]))
+    def _answer(self, requestId: int, reply: Reply, task: Task | None = None) -> None:
+        self._send((packets.frame(reply[0], requestId, reply[1]),), task)
 
-    def _send(self, packet: bytes) -> None:
-        self._answers.append(packet)
-        self._answerBytes += len(packet)
+    def _send(self, packet: Sequence[bytes | memoryview], task: Task | None = None) -> None:
+        """Send an answer as soon as all earlier requests have theirs.
 
-    def _data(self, requestId: int, data: bytes, length: int) -> None:
+        The protocol allows any order, and sftp-server never uses that: OpenSSH's client takes a
+        reply that overtakes others for the end of what it has, and cuts the file there.
+        """
+        self._answerBytes += sum(map(len, packet))
+        row = self._row
+        if task is None:
+            if row:
+                row.append(packet)
+            else:
+                self._answers.extend(packet)
+            return
+        task.answer = packet
+        while row:
+            first = row[0]
+            ready = first.answer if isinstance(first, Task) else first
+            if ready is None:
+                break
+            row.popleft()
+            self._answers.extend(ready)
+
+    def _data(
+        self, requestId: int, data: bytes, length: int, task: Task | None = None
+    ) -> None:
         size = len(data)
         if not size and length:
-            self._answer(requestId, packets.END_OF_FILE)
+            self._answer(requestId, packets.END_OF_FILE, task)
             return
         if size > length:
             # Clients end the session for this.
             data, size = data[:length], length
-        self._answers.append(packets.dataHead(requestId, size))
-        self._answers.append(data)
-        self._answerBytes += size + 13
+        self._send((packets.dataHead(requestId, size), data), task)
 
     def _flush(self) -> bool:
         """Send what was granted; whether anything was sent."""
