@@ -162,11 +162,14 @@ class Demo:
         """Undo what was begun, in reverse order."""
         await self._begun.aclose()
 
-    def sshCommand(self, *options: str) -> list[str]:
-        """The ssh command for this gateway, with ``options`` before its destination."""
+    def sshCommand(self, *options: str, program: str = "ssh") -> list[str]:
+        """The ssh command for this gateway, with ``options`` before its destination.
+
+        :param program: ``sftp`` for files.
+        """
         return [
-            "ssh",
-            *("-p", str(self._port)),
+            program,
+            *("-p" if program == "ssh" else "-P", str(self._port)),
             *("-i", str(self._directory / "id_ed25519")),
             *("-o", "IdentitiesOnly=yes"),
             *("-o", f"UserKnownHostsFile={self._directory / 'known_hosts'}"),
@@ -334,6 +337,7 @@ def main(*, port: int | None, command: str | None, verbose: bool = False) -> int
         console.print(f"\nHost key {demo.fingerprint}. In another terminal:\n")
         # Not by the console, which would wrap the line that is to be copied.
         sys.stdout.write(f"  {shlex.join(demo.sshCommand())}\n")
+        sys.stdout.write(f"  {shlex.join(demo.sshCommand(program='sftp'))}\n")
         sys.stdout.flush()
         console.print("\nCtrl-C here ends it and leaves nothing behind.")
 
