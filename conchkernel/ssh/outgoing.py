@@ -19,7 +19,7 @@ from conchkernel.ssh.fields import DisconnectCode
 from conchkernel.ssh.packets import Outbound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from conchkernel.ssh.sealing import Data
 
@@ -137,30 +137,36 @@ class OutgoingPackets(SSHServerTransport):
             if self._sealedBytes > _MAXIMUM_CORKED_BYTES:
                 self._flush()
             return
-        if self._tcpFull:
-            self._countUntaken(len(body) + 32)
-        self.transport.writeSequence(pieces)
-        if self._heard and len(body) <= _PROMPT_BYTES and not self._tcpFull:
-            # The echo of a key, most likely. Once for each read, so that a stream of little
-            # output is still joined.
-            self._heard = False
-            self._writeNow()
+        self._write(pieces, len(body) + 32)
 
     def _flush(self) -> None:
         sealed, self._sealed = self._sealed, []
         size, self._sealedBytes = self._sealedBytes, 0
         if sealed:
-            if self._tcpFull:
-                self._countUntaken(size)
-            self.transport.writeSequence(sealed)
-            if not (self._tcpFull or self._closing):
-                self._writeNow()
+            self._write(sealed, size)
 
-    def _cork(self) -> None:
-        """Collect what is sent until :meth:`_uncork`."""
+    def _write(self, pieces: Sequence[bytes], size: int) -> None:
+        if self._tcpFull:
+            self._countUntaken(size)
+        self.transport.writeSequence(pieces)
+        if self._heard and size <= _PROMPT_BYTES and not (self._tcpFull or self._closing):
+            # The echo of a key, most likely, or what answers a read. Once for each read, so that
+            # a stream of little output is still joined.
+            self._heard = False
+            self._writeNow()
+
+    def cork(self) -> bool:
+        """Collect what is sent until :meth:`uncork`, but not more than a bound.
+
+        :returns: whether the caller has to uncork: not where somebody before it will.
+        """
+        if self._corked:
+            return False
         self._corked = True
+        return True
 
-    def _uncork(self) -> None:
+    def uncork(self) -> None:
+        """Send what was collected."""
         self._corked = False
         self._flush()
 

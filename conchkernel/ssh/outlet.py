@@ -46,6 +46,7 @@ class Outlet:
             transport, "sendChannelExtendedData", self._sendExtendedData
         )
         isWritable = getattr(transport, "isWritable", None)
+        self._cork: Callable[[], bool] = getattr(transport, "cork", _uncorkable)
         #: The transport takes output.
         self.writable: bool = True if isWritable is None else isWritable()
         #: A channel may send past the queues: writable, and nobody waits or is being served.
@@ -98,6 +99,14 @@ class Outlet:
         self._owed.discard(channel)
 
     def _pump(self) -> None:
+        corked = self._cork()
+        try:
+            self._sendInTurn()
+        finally:
+            if corked:
+                self._transport.uncork()
+
+    def _sendInTurn(self) -> None:
         small, bulk = self._small, self._bulk
         self.clear = False
         while self.writable:
@@ -126,3 +135,7 @@ class Outlet:
         self._transport.sendPacket(
             MSG_CHANNEL_EXTENDED_DATA, _THREE.pack(recipient, dataType, len(data)) + data
         )
+
+
+def _uncorkable() -> bool:
+    return False

@@ -103,6 +103,7 @@ class GatewayTransport(OutgoingPackets):
         self._exchange: KeyExchange
         self._nextRekey = 0.0
         self._loggedIn = False
+        self._reading = False
         # Whether messages 80 to 127 go straight to the service.
         self._open = False
         self._earlyMessages = 0
@@ -135,7 +136,7 @@ class GatewayTransport(OutgoingPackets):
         if hasattr(tcp, "setTcpNoDelay"):
             tcp.setTcpNoDelay(True)
         if isinstance(getattr(tcp, "bufferSize", None), int):
-            tcp.bufferSize = _TCP_BUFFER_BYTES
+            tcp.bufferSize = tcp.SEND_LIMIT = _TCP_BUFFER_BYTES
         if IWriteDescriptor.providedBy(tcp):
             # A failure is left to the reactor, which still has what was not written.
             self._writeNow = tcp.doWrite
@@ -209,9 +210,10 @@ class GatewayTransport(OutgoingPackets):
             inbound = self._inbound
             inbound.feed(data)
             self._heard = True
-            if self._corked:
+            if self._reading:
                 return
-            self._cork()
+            self._reading = True
+            corked = self.cork()
             try:
                 next_ = inbound.next
                 while (packet := next_()) is not None:
@@ -223,7 +225,9 @@ class GatewayTransport(OutgoingPackets):
                     if self._closing:
                         break
             finally:
-                self._uncork()
+                self._reading = False
+                if corked:
+                    self.uncork()
         except ProtocolError as error:
             self.sendDisconnect(error.code, str(error).encode("ascii", "backslashreplace"))
             return
