@@ -15,7 +15,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 
 from conchkernel import wire
-from conchkernel.interfaces import ExitStatus, ProcessRequest
+from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
+from conchkernel.jupyter import injection
 from conchkernel.loopback import LoopbackBackend
 from conchkernel.remote import agent as module
 
@@ -144,3 +145,32 @@ async def test_the_secret_is_nowhere_to_be_read(backend):
     assert secret not in (agent / "environ").read_bytes()
     assert secret not in collector.out
     assert os.getpid() != int(agent.name)
+
+
+_OLD_LIBRARY = """
+import os
+def posix_spawn(*arguments, setsid=False, **options):
+    raise NotImplementedError("posix_spawn: setsid unavailable on this platform")
+os.posix_spawn = posix_spawn
+"""
+
+
+@pytest.mark.parametrize("pty", [None, PtyRequest(b"vt100", WindowSize(80, 24))])
+@pytest_twisted.ensureDeferred
+async def test_a_python_built_for_an_old_library_starts_programs_too(monkeypatch, pty):
+    """conda's Pythons are built for glibc 2.17, whose posix_spawn cannot begin a session."""
+    sources = dict(injection.agent_sources())
+    sources["boot"] = _OLD_LIBRARY + sources["boot"]
+    monkeypatch.setattr(injection, "agent_sources", lambda: sources)
+    backend = LoopbackBackend(reactor)
+    await backend.start()
+    try:
+        collector = Collector()
+        command = b"ps -o sid= -p $$; echo $$; exit 5"
+        collector.start(await backend.connect("owner"), ProcessRequest(command, pty))
+        await collector.untilClosed()
+    finally:
+        await backend.stop()
+    session, pid = collector.out.split()
+    assert session == pid
+    assert collector.exit == ExitStatus(5)

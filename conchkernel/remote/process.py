@@ -476,7 +476,7 @@ def _spawn(request: _Request, fds: tuple[int, int, int], tty: bytes | None = Non
         opens becomes its own (on Linux).
     """
     if tty is not None and not sys.platform.startswith("linux"):
-        return _fork(request, fds)
+        return _fork(request, fds, tty)
     actions: list[tuple[Any, ...]] = [
         (os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)
     ]
@@ -493,6 +493,9 @@ def _spawn(request: _Request, fds: tuple[int, int, int], tty: bytes | None = Non
             setsigmask=(),
             setsigdef=_TO_DEFAULT,
         )
+    except NotImplementedError:
+        # Pythons that are built for old C libraries (conda's are, for glibc 2.17) know no setsid.
+        return _fork(request, fds, tty)
     except OSError as error:
         shell = os.fsdecode(request.shell)
         raise CannotRun(f"{shell} cannot be started: {error.strerror}") from None
@@ -511,8 +514,8 @@ def _enter(request: _Request) -> None:
         break
 
 
-def _fork(request: _Request, fds: tuple[int, int, int]) -> int:
-    """The same on a terminal where it must be asked for (macOS)."""
+def _fork(request: _Request, fds: tuple[int, int, int], tty: bytes | None) -> int:
+    """The same where posix_spawn cannot, or a terminal must be asked for (macOS)."""
     try:
         pid = os.fork()
     except OSError as error:
@@ -523,7 +526,8 @@ def _fork(request: _Request, fds: tuple[int, int, int]) -> int:
         os.setsid()
         for target, fd in enumerate(fds):
             os.dup2(fd, target)
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        if tty is not None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         for number in _TO_DEFAULT:
             signal.signal(number, signal.SIG_DFL)
         _enter(request)
