@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jupyter": {"errors", "interfaces", "files", "wire", "remote"},
     # the joints
     "avatars": {"errors", "interfaces", "files", "ssh"},
-    "sftp": {"errors", "interfaces", "files", "ssh"},
+    "sftp": {"errors", "interfaces", "files", "localfiles", "ssh"},
     # files of this machine, and stores around stores
     "localfiles": {"errors", "files"},
     "memoryfiles": {"errors", "files"},

@@ -196,6 +196,15 @@ _PARSERS: dict[int | bytes, Callable[[Fields], tuple[Any, ...]]] = {
 }
 
 
+def parseFields(what: int | bytes, data: bytes) -> tuple[Any, ...] | None:
+    """The fields of a request, or nothing if nobody knows it.
+
+    :raises ProtocolError: they are truncated, or cannot be.
+    """
+    parse = _PARSERS.get(what)
+    return None if parse is None else parse(Fields(data, "request"))
+
+
 class RequestReader:
     """Requests out of the bytes of a channel.
 
