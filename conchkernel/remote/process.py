@@ -462,8 +462,9 @@ def _winsize(size: Any) -> bytes:
     return struct.pack("HHHH", rows, columns, width, height)
 
 
-#: What Python and the agent ignore for themselves; a program expects the default.
-_TO_DEFAULT = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP]
+#: A program expects the default of them all. Python and the agent ignore some; and under a Jupyter
+#: server that a script started in its background SIGINT is ignored: Ctrl-C would be dead.
+_TO_DEFAULT = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
 
 def _spawn(request: _Request, fds: tuple[int, int, int], tty: bytes | None = None) -> int:

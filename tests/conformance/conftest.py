@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import pytest_twisted
@@ -31,7 +32,12 @@ def backend(request, tmp_path_factory):
         server = request.getfixturevalue("jupyters")[name]
         state = tmp_path_factory.mktemp("state")
         made = JupyterBackend(reactor, server.pasted, state_dir=state)
-    pytest_twisted.blockon(Deferred.fromCoroutine(made.start()))
+    # As under a server that a script started in its background.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pytest_twisted.blockon(Deferred.fromCoroutine(made.start()))
+    finally:
+        signal.signal(signal.SIGINT, before)
     yield made
     pytest_twisted.blockon(Deferred.fromCoroutine(made.stop()))
 

@@ -185,6 +185,17 @@ async def test_control_c_reaches_the_foreground(link):
     assert collector.exit == ExitSignal("INT")
 
 
+@pytest.mark.parametrize("pty", [None, TERMINAL])
+@pytest_twisted.ensureDeferred
+async def test_no_signal_is_ignored(link, pty):
+    """Whatever the server, the kernel and the agent ignore, a program begins with the defaults."""
+    done = await run(link, b"grep SigIgn /proc/self/status; trap", pty=pty)
+    ignored = int(done.out.split()[1], 16)
+    # 32 and 33 are glibc's own, and no program can set them.
+    assert ignored & ~(1 << 31 | 1 << 32) == 0
+    assert b"trap --" not in done.out
+
+
 @pytest_twisted.ensureDeferred
 async def test_closing_a_terminal_hangs_up(link, tmp_path):
     """The process behind a closed terminal gets SIGHUP; one behind pipes is left alone."""
