@@ -44,13 +44,15 @@ class SocketCarrier(Protocol):
 
     def __init__(self, user: CarrierUser) -> None:
         self._user: CarrierUser | None = user
-        self._buffer = bytearray()
+        #: A message that has begun to come: its pieces, the first with the length in front.
+        self._pieces: list[bytes] = []
+        self._held = 0
         self.writable = True
 
     def connectionMade(self) -> None:
         """Read in large pieces and learn when to stop writing."""
         transport: Any = self.transport
-        transport.bufferSize = 256 * 1024
+        transport.bufferSize = transport.SEND_LIMIT = 256 * 1024
         transport.registerProducer(self, True)
 
     def send(self, parts: Sequence[bytes | bytearray | memoryview]) -> None:
@@ -59,12 +61,18 @@ class SocketCarrier(Protocol):
         transport.write(b"".join((_LENGTH.pack(sum(map(len, parts))), *parts)))
 
     def dataReceived(self, data: bytes) -> None:
-        """Cut what came into messages."""
-        buffer = self._buffer
-        buffer += data
-        position, end = 0, len(buffer)
+        """Cut what came into messages, each copied once."""
+        if self._pieces:
+            self._pieces.append(data)
+            self._held += len(data)
+            if self._held < self._wanted():
+                return
+            data = b"".join(self._pieces)
+            self._pieces = []
+        position, end = 0, len(data)
+        view = memoryview(data)
         while end - position >= 4 and self._user is not None:
-            (length,) = _LENGTH.unpack_from(buffer, position)
+            (length,) = _LENGTH.unpack_from(data, position)
             if not 0 < length <= wire.MAX_MESSAGE:
                 self._end(LinkLost(f"the agent sent a message of {length} bytes"))
                 return
@@ -72,10 +80,18 @@ class SocketCarrier(Protocol):
             if end - start < length:
                 break
             position = start + length
-            with memoryview(buffer) as view:
-                message = bytes(view[start:position])
-            self._user.received(message)
-        del buffer[:position]
+            self._user.received(bytes(view[start:position]))
+        if position < end:
+            self._pieces.append(bytes(view[position:]))
+            self._held = end - position
+
+    def _wanted(self) -> int:
+        """So many bytes make a whole message, as far as can be told."""
+        first = self._pieces[0]
+        if len(first) < 4:
+            return 0
+        # One that is too long is refused as soon as it could be whole.
+        return 4 + min(int(_LENGTH.unpack_from(first)[0]), wire.MAX_MESSAGE)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The socket is gone."""
