@@ -8,20 +8,17 @@ stream itself ends, everything under way fails with ``CONNECTION_LOST``.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from conchkernel.errors import LinkLost
 from conchkernel.files import (
     Attributes,
-    Entry,
     FileProblem,
     FileStoreError,
     Filesystem,
@@ -31,6 +28,8 @@ from conchkernel.files import (
     OpenFlag,
 )
 from conchkernel.interfaces import Exit, IStreamReceiver
+from conchkernel.jupyter.agenthandles import AgentFile, AgentListing
+from conchkernel.jupyter.filecodec import Owners, filesystem, pack_attributes, take_name
 from conchkernel.remote import filewire as fw
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 _PROBLEMS = tuple(FileProblem[name] if name else None for name in fw.PROBLEMS)
 #: Data up to here goes with its request's head in one piece: a frame costs more than the copy.
 _JOINED = 64 * 1024
-#: Owners whose names are remembered.
-_MAX_OWNERS = 4096
 
 
 class _Malformed(Exception):
@@ -66,8 +63,7 @@ class AgentFileStore:
         self._last_handle = 0
         self._pieces: list[memoryview] = []  # of an answer that is not whole
         self._missing = 0  # bytes until more can be said of it
-        self._accounts: dict[int, str] = {}
-        self._groups: dict[int, str] = {}
+        self.owners = Owners()
         self._lost: Exception | None = None
         self._closing: list[Deferred[None]] = []
 
@@ -163,7 +159,7 @@ class AgentFileStore:
 
     # --- requests ----------------------------------------------------------------------------
 
-    def _ask(
+    def ask(
         self,
         operation: int,
         body: bytes,
@@ -204,7 +200,7 @@ class AgentFileStore:
     def drop(self, handle: int) -> None:
         """Close a handle whose end nobody asks for."""
         if self._lost is None:
-            self._ask(fw.CLOSE, fw.HANDLE.pack(handle)).addErrback(lambda _: None)
+            self.ask(fw.CLOSE, fw.HANDLE.pack(handle)).addErrback(lambda _: None)
 
     def _answered(self, number: int, problem: int, body: memoryview) -> None:
         try:
@@ -234,24 +230,24 @@ class AgentFileStore:
     def open(self, path: bytes, flags: OpenFlag, attributes: Attributes) -> Deferred[IOpenFile]:
         """See :class:`IFileStore`."""
         handle = self._new_handle()
-        body = fw.OPEN_HEAD.pack(handle, int(flags)) + _packed(attributes) + path
-        return self._ask(fw.OPEN, body, lambda _: AgentFile(self, handle), handle=handle)
+        body = fw.OPEN_HEAD.pack(handle, int(flags)) + pack_attributes(attributes) + path
+        return self.ask(fw.OPEN, body, lambda _: AgentFile(self, handle), handle=handle)
 
     def stat(self, path: bytes, *, follow: bool = True) -> Deferred[Attributes]:
         """See :class:`IFileStore`."""
-        return self._ask(fw.STAT if follow else fw.LSTAT, path, self.attributes)
+        return self.ask(fw.STAT if follow else fw.LSTAT, path, self.owners.attributes)
 
     def setAttributes(
         self, path: bytes, attributes: Attributes, *, follow: bool = True
     ) -> Deferred[None]:
         """See :class:`IFileStore`."""
         operation = fw.SETSTAT if follow else fw.LSETSTAT
-        return self._ask(operation, _packed(attributes) + path)
+        return self.ask(operation, pack_attributes(attributes) + path)
 
     def listDirectory(self, path: bytes) -> Deferred[IListing]:
         """See :class:`IFileStore`."""
         handle = self._new_handle()
-        opened = self._ask(
+        opened = self.ask(
             fw.OPENDIR,
             fw.HANDLE.pack(handle) + path,
             lambda _: listing,
@@ -262,15 +258,15 @@ class AgentFileStore:
 
     def remove(self, path: bytes) -> Deferred[None]:
         """See :class:`IFileStore`."""
-        return self._ask(fw.REMOVE, path)
+        return self.ask(fw.REMOVE, path)
 
     def makeDirectory(self, path: bytes, attributes: Attributes) -> Deferred[None]:
         """See :class:`IFileStore`."""
-        return self._ask(fw.MKDIR, _packed(attributes) + path)
+        return self.ask(fw.MKDIR, pack_attributes(attributes) + path)
 
     def removeDirectory(self, path: bytes) -> Deferred[None]:
         """See :class:`IFileStore`."""
-        return self._ask(fw.RMDIR, path)
+        return self.ask(fw.RMDIR, path)
 
     def rename(self, old: bytes, new: bytes, *, overwrite: bool) -> Deferred[None]:
         """See :class:`IFileStore`."""
@@ -278,7 +274,7 @@ class AgentFileStore:
 
     def readLink(self, path: bytes) -> Deferred[bytes]:
         """See :class:`IFileStore`."""
-        return self._ask(fw.READLINK, path, bytes)
+        return self.ask(fw.READLINK, path, bytes)
 
     def symbolicLink(self, target: bytes, path: bytes) -> Deferred[None]:
         """See :class:`IFileStore`."""
@@ -291,15 +287,15 @@ class AgentFileStore:
     def _two(self, operation: int, head: bytes, first: bytes, second: bytes) -> Deferred[None]:
         if len(first) > fw.MAX_PATH or len(second) > fw.MAX_PATH:
             return fail(FileStoreError(FileProblem.NAME_TOO_LONG))
-        return self._ask(operation, head + fw.U16.pack(len(first)) + first + second)
+        return self.ask(operation, head + fw.U16.pack(len(first)) + first + second)
 
     def realPath(self, path: bytes) -> Deferred[bytes]:
         """See :class:`IFileStore`."""
-        return self._ask(fw.REALPATH, path, bytes)
+        return self.ask(fw.REALPATH, path, bytes)
 
     def filesystem(self, path: bytes) -> Deferred[Filesystem]:
         """See :class:`IFileStore`."""
-        return self._ask(fw.STATVFS, path, _filesystem)
+        return self.ask(fw.STATVFS, path, filesystem)
 
     def names(
         self, uids: Sequence[int], gids: Sequence[int]
@@ -313,24 +309,28 @@ class AgentFileStore:
         def decode(answer: memoryview) -> tuple[Sequence[str], Sequence[str]]:
             found, position = [], 0
             for _ in numbers:
-                name, position = _name(answer, position)
+                name, position = take_name(answer, position)
                 found.append(name.decode("utf-8", "replace"))
             return found[: len(uids)], found[len(uids) :]
 
-        return self._ask(fw.NAMES, body, decode)
+        return self.ask(fw.NAMES, body, decode)
 
     def homeOf(self, user: bytes) -> Deferred[bytes]:
         """See :class:`IFileStore`."""
-        return self._ask(fw.HOME, user, bytes)
+        return self.ask(fw.HOME, user, bytes)
 
     def copy(
         self, source: IOpenFile, offset: int, length: int, target: IOpenFile, target_offset: int
     ) -> Deferred[None]:
         """See :class:`IFileStore`."""
-        if not isinstance(source, AgentFile) or not isinstance(target, AgentFile):
-            return fail(FileStoreError(FileProblem.UNSUPPORTED, "files of another store"))
+        if (
+            not isinstance(source, AgentFile)
+            or not isinstance(target, AgentFile)
+            or not source.store is target.store is self
+        ):
+            return fail(FileStoreError(FileProblem.UNSUPPORTED, "a file of another store"))
         body = fw.COPY_BODY.pack(source.handle, offset, length, target.handle, target_offset)
-        return self._ask(fw.COPY, body)
+        return self.ask(fw.COPY, body)
 
     def close(self) -> Deferred[None]:
         """See :class:`IFileStore`."""
@@ -340,43 +340,6 @@ class AgentFileStore:
         self._closing.append(closed)
         self.stream.close()
         return closed
-
-    # --- for files and listings --------------------------------------------------------------
-
-    def attributes(self, body: memoryview, position: int = 0) -> Attributes:
-        """Attributes as they were told, with names where they are known."""
-        given, size, uid, gid, mode, atime, mtime, links = fw.ATTRIBUTES.unpack_from(
-            body, position
-        )
-        if given != fw.HAS_ALL:
-            raise ValueError("attributes are missing")
-        return Attributes(
-            size, uid, gid, mode, _seconds(atime), _seconds(mtime),
-            self._accounts.get(uid), self._groups.get(gid), links,
-        )  # fmt: skip
-
-    def owners(self, body: memoryview) -> bytes:
-        """Remember the names before a piece of a listing; returns the entries behind them."""
-        counts = fw.COUNTS.unpack_from(body)
-        position = fw.COUNTS.size
-        for count, known in zip(counts, (self._accounts, self._groups), strict=True):
-            for _ in range(count):
-                (number,) = fw.U32.unpack_from(body, position)
-                name, position = _name(body, position + 4)
-                if name and len(known) < _MAX_OWNERS:
-                    known[number] = name.decode("utf-8", "replace")
-        return bytes(body[position:])
-
-    def entries(self, piece: bytes) -> list[Entry]:
-        """The entries of a piece."""
-        body = memoryview(piece)
-        position, end = 0, len(body)
-        entries = []
-        while position < end:
-            name, position = _name(body, position)
-            entries.append(Entry(name, self.attributes(body, position)))
-            position += fw.ATTRIBUTES.size
-        return entries
 
 
 class Request(Deferred[Any]):
@@ -389,147 +352,3 @@ class Request(Deferred[Any]):
     ) -> None:
         super().__init__(canceller)
         self.decode = decode
-
-
-@implementer(IOpenFile)
-class AgentFile:
-    """A file that the agent has open."""
-
-    def __init__(self, store: AgentFileStore, handle: int) -> None:
-        self.handle = handle
-        self._store = store
-        self._handle = fw.HANDLE.pack(handle)
-
-    def read(self, offset: int, length: int) -> Deferred[bytes]:
-        """See :class:`IOpenFile`."""
-        body = fw.READ_BODY.pack(self.handle, offset, min(length, fw.MAX_TRANSFER))
-        return self._store._ask(fw.READ, body, bytes)
-
-    def write(self, offset: int, data: bytes) -> Deferred[None]:
-        """See :class:`IOpenFile`."""
-        if len(data) <= fw.MAX_TRANSFER:
-            body = fw.WRITE_HEAD.pack(self.handle, offset)
-            return self._store._ask(fw.WRITE, body, None, data)
-        return Deferred.fromCoroutine(self._writeParts(offset, memoryview(data)))
-
-    async def _writeParts(self, offset: int, data: memoryview) -> None:
-        # One after another: a failure in the middle leaves a beginning, not holes.
-        for start in range(0, len(data), fw.MAX_TRANSFER):
-            await self.write(offset + start, bytes(data[start : start + fw.MAX_TRANSFER]))
-
-    def stat(self) -> Deferred[Attributes]:
-        """See :class:`IOpenFile`."""
-        return self._store._ask(fw.FSTAT, self._handle, self._store.attributes)
-
-    def setAttributes(self, attributes: Attributes) -> Deferred[None]:
-        """See :class:`IOpenFile`."""
-        return self._store._ask(fw.FSETSTAT, self._handle + _packed(attributes))
-
-    def sync(self) -> Deferred[None]:
-        """See :class:`IOpenFile`."""
-        return self._store._ask(fw.FSYNC, self._handle)
-
-    def filesystem(self) -> Deferred[Filesystem]:
-        """See :class:`IOpenFile`."""
-        return self._store._ask(fw.FSTATVFS, self._handle, _filesystem)
-
-    def close(self) -> Deferred[None]:
-        """See :class:`IOpenFile`."""
-        return self._store._ask(fw.CLOSE, self._handle)
-
-
-@implementer(IListing)
-class AgentListing:
-    """A directory that the agent reads; one piece is always on its way or here."""
-
-    def __init__(self, store: AgentFileStore, handle: int) -> None:
-        self._store = store
-        self._handle = fw.HANDLE.pack(handle)
-        self._here: bytes | Failure | None = None
-        self._waiting: Deferred[bytes] | None = None
-        self._ask()
-
-    def _ask(self) -> None:
-        self._store._ask(fw.READDIR, self._handle, self._store.owners).addBoth(self._came)
-
-    def _came(self, piece: bytes | Failure) -> None:
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            waiting.callback(piece)
-        else:
-            # A failure that nobody comes for is no news: opening has failed, too.
-            self._here = piece
-
-    def next(self) -> Deferred[Sequence[Entry]]:
-        """See :class:`IListing`."""
-        piece: Deferred[bytes] = Deferred(self._cancelled)
-        here, self._here = self._here, None
-        if here is not None:
-            piece.callback(here)
-        else:
-            self._waiting = piece
-        return piece.addCallback(self._decode)
-
-    def _cancelled(self, _: object) -> None:
-        self._waiting = None
-
-    def _decode(self, piece: bytes) -> Sequence[Entry]:
-        if piece:
-            self._ask()
-        else:
-            self._here = piece
-        try:
-            return self._store.entries(piece)
-        except (ValueError, IndexError, struct.error):
-            raise FileStoreError(FileProblem.FAILURE, "a malformed listing") from None
-
-    def close(self) -> Deferred[None]:
-        """See :class:`IListing`."""
-        return self._store._ask(fw.CLOSE, self._handle)
-
-
-def _name(body: memoryview, position: int) -> tuple[bytes, int]:
-    """A name with its length before it, and where it ends."""
-    (length,) = fw.U16.unpack_from(body, position)
-    start = position + fw.U16.size
-    end = start + length
-    if end > len(body):
-        raise ValueError("a name is cut short")
-    return bytes(body[start:end]), end
-
-
-def _filesystem(body: memoryview) -> Filesystem:
-    return Filesystem(*fw.FILESYSTEM.unpack(body))
-
-
-def _seconds(nanoseconds: int) -> float:
-    # Not rounded up into the next second, as one division would now and then.
-    seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    return seconds + rest // 1000 / 1e6
-
-
-def _nanoseconds(seconds: float) -> int:
-    whole = math.floor(seconds)
-    return min(max(whole, -(2**33)), 2**33) * 1_000_000_000 + round((seconds - whole) * 1e9)
-
-
-def _packed(attributes: Attributes) -> bytes:
-    given = 0
-    uid = gid = fw.SAME
-    atime = mtime = 0
-    if attributes.size is not None:
-        given |= fw.HAS_SIZE
-    if attributes.uid is not None or attributes.gid is not None:
-        given |= fw.HAS_OWNER
-        uid = fw.SAME if attributes.uid is None else attributes.uid
-        gid = fw.SAME if attributes.gid is None else attributes.gid
-    if attributes.mode is not None:
-        given |= fw.HAS_MODE
-    if attributes.mtime is not None or attributes.atime is not None:
-        given |= fw.HAS_TIMES
-        first = attributes.mtime if attributes.atime is None else attributes.atime
-        second = attributes.atime if attributes.mtime is None else attributes.mtime
-        atime, mtime = _nanoseconds(first or 0), _nanoseconds(second or 0)
-    return fw.ATTRIBUTES.pack(
-        given, attributes.size or 0, uid, gid, attributes.mode or 0, atime, mtime, 0
-    )

@@ -28,6 +28,8 @@ _AGENT_MODULES = (
     ("conchkernel.remote.process", "conchkernel.remote", "process.py"),
     ("conchkernel.remote.filewire", "conchkernel.remote", "filewire.py"),
     ("conchkernel.remote.paths", "conchkernel.remote", "paths.py"),
+    ("conchkernel.remote.filecalls", "conchkernel.remote", "filecalls.py"),
+    ("conchkernel.remote.directory", "conchkernel.remote", "directory.py"),
     ("conchkernel.remote.fileops", "conchkernel.remote", "fileops.py"),
     ("conchkernel.remote.files", "conchkernel.remote", "files.py"),
     ("conchkernel.remote.agent", "conchkernel.remote", "agent.py"),

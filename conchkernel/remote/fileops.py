@@ -8,21 +8,28 @@ nothing of threads, credit or the order of requests.
 from __future__ import annotations
 
 import errno
-import grp
 import os
 import pwd
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from conchkernel.remote import filewire as fw
-from conchkernel.remote.paths import Host, Jail, Place
+from conchkernel.remote.directory import Directory, account_name, group_name
+from conchkernel.remote.filecalls import (
+    change,
+    copy_slice,
+    copy_through,
+    hard_link,
+    pack_filesystem,
+    pack_status,
+    read_into,
+    rename_to_new,
+)
+from conchkernel.remote.paths import Host, Jail
 
 #: One slice of a copy: between two of them a stream that was closed stops.
 COPY_SLICE = 8 * 1024 * 1024
-_COPY_BUFFER = 256 * 1024
-#: Names of accounts are told once; so many are remembered as told.
-_MAX_TOLD = 1024
 _CHANGES = fw.OPEN_WRITE | fw.OPEN_APPEND | fw.OPEN_CREATE | fw.OPEN_TRUNCATE | fw.OPEN_EXCLUSIVE
 _CHANGING = frozenset((
     fw.WRITE, fw.FSETSTAT, fw.SETSTAT, fw.LSETSTAT, fw.REMOVE, fw.MKDIR, fw.RMDIR, fw.RENAME,
@@ -52,20 +59,6 @@ class _File:
         os.close(self.fd)
 
 
-class _Directory:
-    """A directory being read."""
-
-    __slots__ = ("entries", "fd")
-
-    def __init__(self, fd: int, entries: Iterator[tuple[bytes, os.stat_result]]) -> None:
-        self.fd = fd
-        self.entries = entries
-
-    def close(self) -> None:
-        self.entries.close()  # type: ignore[attr-defined]
-        os.close(self.fd)
-
-
 class Operations:
     """One client's files: the handles it has, and where its paths lead.
 
@@ -85,7 +78,7 @@ class Operations:
         self.home = self._paths.home
         self._read_only = read_only
         self._handles: dict[int, Any] = {}
-        self._told: dict[tuple[int, int], bool] = {}
+        self._told: set[tuple[bool, int]] = set()  # owners whose names a listing told
         self._table: dict[int, Callable[[memoryview], Answer]] = {
             fw.OPEN: self._open,
             fw.CLOSE: self._close,
@@ -206,7 +199,7 @@ class Operations:
         # Read behind room for the answer's head: the bytes are not moved again.
         answer = bytearray(fw.HEAD.size + min(length, fw.MAX_TRANSFER))
         view = memoryview(answer)
-        count = _read_into(fd, view[fw.HEAD.size :], offset)
+        count = read_into(fd, view[fw.HEAD.size :], offset)
         fw.HEAD.pack_into(answer, 0, fw.COUNTED + count, request, 0)
         return view[: fw.HEAD.size + count]
 
@@ -221,11 +214,11 @@ class Operations:
         return b""
 
     def _fstat(self, body: memoryview) -> bytes:
-        return _packed(os.fstat(self._file(body)))
+        return pack_status(os.fstat(self._file(body)))
 
     def _fsetstat(self, body: memoryview) -> bytes:
         attributes, _ = _attributes(body[fw.HANDLE.size :])
-        _set(attributes, self._file(body), None)
+        change(attributes, self._file(body), None)
         return b""
 
     def _fsync(self, body: memoryview) -> bytes:
@@ -233,7 +226,7 @@ class Operations:
         return b""
 
     def _fstatvfs(self, body: memoryview) -> bytes:
-        return _packed_filesystem(os.fstatvfs(self._file(body)))
+        return pack_filesystem(os.fstatvfs(self._file(body)))
 
     def _copy(self, body: memoryview) -> bytes:
         _, offset, length, _, target_offset = _unpack(fw.COPY_BODY, body)
@@ -242,14 +235,14 @@ class Operations:
         target_fd = self._file(body[fw.COPY_BODY.size - 12 :])
         if source_fd == target_fd:
             raise OSError(errno.EINVAL, "a file cannot be copied into itself")
-        copy = _copy_slice
+        copy = copy_slice
         while to_end or length:
             if self.stopped():
                 raise OSError(errno.EINTR, "the stream was closed")
             count = copy(source_fd, target_fd, COPY_SLICE if to_end else min(length, COPY_SLICE),
                          offset, target_offset)  # fmt: skip
-            if count == 0 and copy is _copy_slice:
-                copy = _copy_through  # files in /proc seem empty to the system's own copy
+            if count == 0 and copy is copy_slice:
+                copy = copy_through  # files in /proc seem empty to the system's own copy
                 continue
             if count == 0:
                 if to_end:
@@ -270,18 +263,18 @@ class Operations:
 
     def _status(self, body: memoryview, follow: bool) -> bytes:
         with self._paths.at(bytes(body), follow) as place:
-            return _packed(place.stat())
+            return pack_status(place.stat())
 
     def _setstat(self, body: memoryview) -> bytes:
         attributes, path = _attributes(body)
         with self._paths.at(path, True) as place:
-            _set(attributes, None, place)
+            change(attributes, None, place)
         return b""
 
     def _lsetstat(self, body: memoryview) -> bytes:
         attributes, path = _attributes(body)
         with self._paths.at(path, False) as place:
-            _set(attributes, None, place)
+            change(attributes, None, place)
         return b""
 
     def _remove(self, body: memoryview) -> bytes:
@@ -310,7 +303,7 @@ class Operations:
         with self._paths.at(old, False) as source, self._paths.at(new, False) as target:
             source.refuse_itself()
             target.refuse_itself()
-            if body[0] or not _rename_to_new(source, target):
+            if body[0] or not rename_to_new(source, target):
                 os.rename(
                     source.name, target.name, src_dir_fd=source.dir_fd, dst_dir_fd=target.dir_fd
                 )
@@ -329,7 +322,7 @@ class Operations:
     def _link(self, body: memoryview) -> bytes:
         existing, path = _two_paths(body)
         with self._paths.at(existing, False) as source, self._paths.at(path, False) as place:
-            _hard_link(source, place)
+            hard_link(source, place)
         return b""
 
     def _realpath(self, body: memoryview) -> bytes:
@@ -339,7 +332,7 @@ class Operations:
         with self._paths.at(bytes(body), True) as place:
             fd = place.pin()
         try:
-            return _packed_filesystem(os.fstatvfs(fd))
+            return pack_filesystem(os.fstatvfs(fd))
         finally:
             os.close(fd)
 
@@ -350,36 +343,12 @@ class Operations:
         self._reserve(handle)
         with self._paths.at(bytes(body[fw.HANDLE.size :]), True) as place:
             fd = place.open(os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._handles[handle] = _Directory(fd, self._entries(fd))
+        self._handles[handle] = Directory(fd, self._paths, self._told)
         return b""
 
-    def _entries(self, fd: int) -> Iterator[tuple[bytes, os.stat_result]]:
-        own = os.fstat(fd)
-        yield b".", own
-        yield b"..", own if self._paths.is_root(own) else os.stat(b"..", dir_fd=fd)
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue  # removed meanwhile, or not for this account
-                yield os.fsencode(entry.name), status
-
     def _readdir(self, body: memoryview) -> bytes:
-        directory = self._handle(body, _Directory)
-        entries: list[bytes] = []
-        names = _Names(self._told)
-        size = 0
-        while size < fw.LISTING_BYTES:
-            found = next(directory.entries, None)
-            if found is None:
-                break
-            name, status = found
-            entry = fw.U16.pack(len(name)) + name + _packed(status)
-            names.need(status)
-            entries.append(entry)
-            size += len(entry)
-        return names.table() + b"".join(entries)
+        piece: bytes = self._handle(body, Directory).piece()
+        return piece
 
     # --- accounts ----------------------------------------------------------------------------
 
@@ -391,7 +360,7 @@ class Operations:
         parts = []
         for index in range(accounts + groups):
             (number,) = fw.U32.unpack_from(numbers, 4 * index)
-            name = _account(number) if index < accounts else _group(number)
+            name = account_name(number) if index < accounts else group_name(number)
             parts.append(fw.U16.pack(len(name)) + name)
         return b"".join(parts)
 
@@ -409,29 +378,6 @@ class Operations:
                 raise OSError(errno.ENOENT, "this home directory is not among these files")
             return self.home
         return inside
-
-
-class _Names:
-    """The names of owners that a listing needs and that were not told before."""
-
-    def __init__(self, told: dict[tuple[int, int], bool]) -> None:
-        self._told = told
-        self._fresh: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})
-
-    def need(self, status: os.stat_result) -> None:
-        """An entry of this owner is told."""
-        for kind, number in ((0, status.st_uid), (1, status.st_gid)):
-            if (kind, number) not in self._told and len(self._told) < _MAX_TOLD:
-                self._told[kind, number] = True
-                self._fresh[kind][number] = _group(number) if kind else _account(number)
-
-    def table(self) -> bytes:
-        """As it stands before the entries."""
-        parts = [fw.COUNTS.pack(*map(len, self._fresh))]
-        for names in self._fresh:
-            for number, name in names.items():
-                parts.append(fw.U32.pack(number) + fw.U16.pack(len(name)) + name)
-        return b"".join(parts)
 
 
 def problem(request: int, number: int, text: str) -> bytes:
@@ -461,171 +407,3 @@ def _two_paths(body: memoryview) -> tuple[bytes, bytes]:
     if len(rest) < length:
         raise Malformed("a path is longer than its request")
     return rest[:length], rest[length:]
-
-
-def _packed(status: os.stat_result) -> bytes:
-    return fw.ATTRIBUTES.pack(
-        fw.HAS_ALL, status.st_size, status.st_uid, status.st_gid, status.st_mode,
-        status.st_atime_ns, status.st_mtime_ns, min(status.st_nlink, 0xFFFFFFFF),
-    )  # fmt: skip
-
-
-def _packed_filesystem(found: os.statvfs_result) -> bytes:
-    return fw.FILESYSTEM.pack(
-        found.f_bsize, found.f_frsize, found.f_blocks, found.f_bfree, found.f_bavail,
-        found.f_files, found.f_ffree, found.f_favail, found.f_fsid & 0xFFFFFFFFFFFFFFFF,
-        found.f_flag, found.f_namemax,
-    )  # fmt: skip
-
-
-def _read_into(fd: int, buffer: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [buffer], offset)
-    data = os.pread(fd, len(buffer), offset)
-    buffer[: len(data)] = data
-    return len(data)
-
-
-def _set(attributes: tuple[Any, ...], fd: int | None, place: Place | None) -> None:
-    """Change what is given; all of it is tried, and the first error told.
-
-    Owner before mode, since chown(2) clears bits of it; times last, since truncation sets them.
-    """
-    given, size, uid, gid, mode, atime, mtime, _ = attributes
-    steps: list[Callable[[], None]] = []
-    if given & fw.HAS_SIZE:
-        steps.append(lambda: _truncate(size, fd, place))
-    if given & fw.HAS_OWNER:
-        owner = tuple(-1 if number == fw.SAME else number for number in (uid, gid))
-        if fd is not None:
-            steps.append(lambda: os.fchown(fd, *owner))
-        elif place is not None:
-            steps.append(lambda: os.chown(
-                place.name, *owner, dir_fd=place.dir_fd, follow_symlinks=place.follow
-            ))  # fmt: skip
-    if given & fw.HAS_MODE:
-        steps.append(lambda: _chmod(mode & 0o7777, fd, place))
-    if given & fw.HAS_TIMES:
-        times = (atime, mtime)
-        if fd is not None:
-            steps.append(lambda: os.utime(fd, ns=times))
-        elif place is not None:
-            steps.append(lambda: os.utime(
-                place.name, ns=times, dir_fd=place.dir_fd, follow_symlinks=place.follow
-            ))  # fmt: skip
-    problems = []
-    for step in steps:
-        try:
-            step()
-        except (OSError, OverflowError) as error:
-            problems.append(error)
-    if problems:
-        raise problems[0]
-
-
-def _truncate(size: int, fd: int | None, place: Place | None) -> None:
-    if fd is not None:
-        os.ftruncate(fd, size)
-        return
-    assert place is not None
-    if place.follow:
-        os.truncate(place.name, size)
-        return
-    fd = place.open(os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    try:
-        os.ftruncate(fd, size)
-    finally:
-        os.close(fd)
-
-
-def _chmod(mode: int, fd: int | None, place: Place | None) -> None:
-    if fd is not None:
-        os.fchmod(fd, mode)
-        return
-    assert place is not None
-    if place.follow:
-        os.chmod(place.name, mode)
-        return
-    # No system call before Linux 6.6 changes a mode without following: hold the file itself.
-    fd = place.pin()
-    try:
-        if stat.S_ISLNK(os.fstat(fd).st_mode):
-            raise OSError(errno.EOPNOTSUPP, "a symbolic link has no mode of its own")
-        if hasattr(os, "O_PATH"):
-            os.chmod(f"/proc/self/fd/{fd}", mode)
-        else:
-            os.fchmod(fd, mode)
-    finally:
-        os.close(fd)
-
-
-def _hard_link(source: Place, target: Place) -> None:
-    os.link(
-        source.name, target.name,
-        src_dir_fd=source.dir_fd, dst_dir_fd=target.dir_fd, follow_symlinks=False,
-    )  # fmt: skip
-
-
-def _rename_to_new(source: Place, target: Place) -> bool:
-    """Rename where nothing may be replaced, as far as that can be done without a race.
-
-    :returns: whether it is done; else nothing is at ``target`` and rename(2) may go on.
-    """
-    if not stat.S_ISDIR(source.stat().st_mode):
-        try:
-            _hard_link(source, target)
-        except FileExistsError:
-            raise
-        except OSError:
-            pass  # a file system without hard links, or somebody else's file
-        else:
-            os.unlink(source.name, dir_fd=source.dir_fd)
-            return True
-    try:
-        target.stat()
-    except FileNotFoundError:
-        return False
-    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-
-
-def _copy_slice(source: int, target: int, count: int, offset: int, target_offset: int) -> int:
-    copy_file_range = getattr(os, "copy_file_range", None)
-    if copy_file_range is not None:
-        try:
-            copied: int = copy_file_range(source, target, count, offset, target_offset)
-            return copied
-        except OSError as error:
-            if error.errno not in (
-                errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF,
-                errno.EPERM,
-            ):  # fmt: skip
-                raise
-    return _copy_through(source, target, count, offset, target_offset)
-
-
-def _copy_through(source: int, target: int, count: int, offset: int, target_offset: int) -> int:
-    done = 0
-    while done < count:
-        data = os.pread(source, min(_COPY_BUFFER, count - done), offset + done)
-        if not data:
-            break
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(target, view, target_offset + done)
-            done += written
-            view = view[written:]
-    return done
-
-
-def _account(uid: int) -> bytes:
-    try:
-        return os.fsencode(pwd.getpwuid(uid).pw_name)[:255]
-    except (KeyError, OverflowError):
-        return b""
-
-
-def _group(gid: int) -> bytes:
-    try:
-        return os.fsencode(grp.getgrgid(gid).gr_name)[:255]
-    except (KeyError, OverflowError):
-        return b""

@@ -3,9 +3,10 @@
 Runs in the agent. Requests come as DATA, are done one after another in the order they came, and
 their answers go back as DATA. The system calls are made on a thread of the stream's own, so that a
 disk that is slow, or a network file system that hangs, keeps no shell waiting: only its own stream.
-The loop and the thread share one :class:`_Exchange` and nothing else. What is bounded: requests by
-the credit that the agent gives, answers by the credit that it is given and by ``AHEAD``; a READ's
-bytes are read from the disk only when there is room for them.
+The loop and the thread share one :class:`_Exchange` and nothing else.
+
+What is bounded: requests by the credit that the agent gives, answers by the credit that it is given
+and by ``AHEAD``; a READ's bytes are read from the disk only when there is room for them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import threading
 from collections import deque
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from conchkernel import wire
@@ -21,6 +23,8 @@ from conchkernel.remote import filewire as fw
 from conchkernel.remote.fileops import SLOW, Malformed, Operations
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from conchkernel.remote.agent import Agent, Session
     from conchkernel.remote.fileops import Answer
 
@@ -45,20 +49,22 @@ class _Over(Exception):
 
 
 class _Exchange:
-    """What the loop and the thread hand each other, under one lock."""
+    """What the loop and the thread hand each other; each name is written by one side only."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition(threading.Lock())
-        self.requests: deque[bytes] = deque()
+        # The loop's.
+        self.requests: SimpleQueue[bytes | None] = SimpleQueue()  # None: look at the others again
         self.ended = False  # no more requests come
         self.over = False  # nobody wants answers
         self.allowed = 0  # bytes of answers that may be made, in all
-        self.waiting = False  # the thread sleeps
-        self.answers: list[Answer] = []
+        # The thread's.
+        self.answers: deque[Answer] = deque()
         self.done = 0  # bytes of requests that are done with
-        self.told = False  # the loop knows that there is something
+        self.hungry = False  # it waits for ``allowed``
+        self.finished = False  # it has ended
         self.complaint = ""
-        self.finished = False  # the thread has ended
+        # Set by the thread before it wakes the loop, cleared by the loop before it looks.
+        self.told = False
 
 
 class FileService:
@@ -77,6 +83,7 @@ class FileService:
         self._agent = agent
         self._stream = stream
         self._over = False
+        self._finished = False
         self._exchange = _Exchange()
         if FileService.running >= MAX_SERVICES:
             raise CannotServe("the agent serves files to too many already")
@@ -93,24 +100,22 @@ class FileService:
 
     def _collect(self) -> None:
         """Take what the thread has made."""
-        exchange = self._exchange
-        with exchange.changed:
-            answers, exchange.answers = exchange.answers, []
-            exchange.told = False
-            done = exchange.done
-            finished, complaint = exchange.finished, exchange.complaint
-        if finished:
+        exchange, stream = self._exchange, self._stream
+        exchange.told = False
+        finished = exchange.finished
+        answers = [exchange.answers.popleft() for _ in range(len(exchange.answers))]
+        if finished and not self._finished:
+            self._finished = True
             FileService.running -= 1
         if self._over:
             return
-        stream = self._stream
         for answer in _joined(answers):
             stream.write(answer)
-        stream.grant(done + stream.cap)
+        stream.grant(exchange.done + stream.cap)
         if finished:
             self._over = True
-            if complaint:
-                stream.close(complaint)
+            if exchange.complaint:
+                stream.close(exchange.complaint)
             else:
                 stream.append(wire.CLOSE)
         self._agent.settle(self.session)
@@ -118,22 +123,15 @@ class FileService:
     def _look(self) -> None:
         """Let the thread make answers as far as they can go soon."""
         exchange, stream = self._exchange, self._stream
-        allowed = min(stream.limit, stream.sent + AHEAD)
-        with exchange.changed:
-            exchange.allowed = allowed
-            if exchange.waiting:
-                exchange.changed.notify()
+        exchange.allowed = min(stream.limit, stream.sent + AHEAD)
+        if exchange.hungry:
+            exchange.requests.put(None)
 
     # --- the wire's receiver -----------------------------------------------------------------
 
     def wire_data(self, data: memoryview, extended: int) -> None:
         """Requests, or pieces of them. The buffer under ``data`` is used again."""
-        exchange = self._exchange
-        piece = bytes(data)
-        with exchange.changed:
-            exchange.requests.append(piece)
-            if exchange.waiting:
-                exchange.changed.notify()
+        self._exchange.requests.put(bytes(data))
 
     def wire_sent(self, count: int) -> None:
         """Answers left the queue."""
@@ -147,9 +145,8 @@ class FileService:
 
     def wire_eof(self) -> None:
         """No more requests; those that came are still answered."""
-        with self._exchange.changed:
-            self._exchange.ended = True
-            self._exchange.changed.notify()
+        self._exchange.ended = True
+        self._exchange.requests.put(None)
 
     def wire_closed(self, reason: str) -> None:
         """The gateway closed the stream."""
@@ -158,9 +155,8 @@ class FileService:
     def hang_up(self) -> None:
         """Give everything up: the thread closes the files after what it is doing."""
         self._over = True
-        with self._exchange.changed:
-            self._exchange.over = True
-            self._exchange.changed.notify()
+        self._exchange.over = True
+        self._exchange.requests.put(None)
 
     def failed(self) -> None:
         """A defect of ours."""
@@ -186,36 +182,35 @@ class FileService:
 class _Worker(threading.Thread):
     """The thread of one stream. A daemon: what hangs in it does not keep the agent."""
 
-    def __init__(self, exchange: _Exchange, operations: Operations, wake: Any) -> None:
+    def __init__(
+        self, exchange: _Exchange, operations: Operations, wake: Callable[[], None]
+    ) -> None:
         super().__init__(name="files", daemon=True)
         self._exchange = exchange
         self._operations = operations
         self._wake = wake
         self._view = memoryview(b"")  # requests taken and not yet done
-        self._answers: list[Answer] = []
-        self._bytes = 0  # of answers not handed over
+        self._pieces: deque[bytes] = deque()  # that came while it waited for room
+        self._bytes = 0  # of answers that the loop was not told of
         self._produced = 0
         self._done = 0
-        self._handed = 0  # of ``done``, as told
         operations.stopped = lambda: exchange.over
 
     def run(self) -> None:
-        complaint = ""
+        """Serve until the stream is over."""
+        exchange = self._exchange
         try:
             while True:
                 self._serve()
         except _Over:
             pass
         except Malformed as error:
-            complaint = f"malformed request: {error}"
+            exchange.complaint = f"malformed request: {error}"
         except Exception as error:
-            complaint = f"the agent could not go on with these files: {error!r}"
+            exchange.complaint = f"the agent could not go on with these files: {error!r}"
         self._operations.close()
-        exchange = self._exchange
-        with exchange.changed:
-            exchange.finished = True
-            exchange.complaint = complaint
-        self._hand_over()
+        exchange.finished = True
+        self._tell()
 
     def _serve(self) -> None:
         """One request."""
@@ -223,17 +218,20 @@ class _Worker(threading.Thread):
         if not fw.COUNTED <= length <= fw.MAX_RECORD:
             raise Malformed(f"a record of {length} bytes")
         body = self._take(length - fw.COUNTED)
-        if operation in SLOW and self._answers:
-            self._hand_over()
-        if self._produced >= self._exchange.allowed:
+        exchange = self._exchange
+        if operation in SLOW and self._bytes:
+            self._tell()
+        if self._produced >= exchange.allowed:
             self._await_room()
+        if exchange.over:
+            raise _Over
         answer = self._operations.answer(request, operation, body)
-        self._answers.append(answer)
+        exchange.answers.append(answer)
         self._bytes += len(answer)
         self._produced += len(answer)
         self._done += 4 + length
-        if self._bytes >= BATCH or self._done - self._handed >= BATCH:
-            self._hand_over()
+        if self._bytes >= BATCH or self._done - exchange.done >= BATCH:
+            self._tell()
 
     def _take(self, count: int) -> memoryview:
         """The next ``count`` bytes of requests, as soon as they are there."""
@@ -252,38 +250,36 @@ class _Worker(threading.Thread):
 
     def _next_piece(self) -> bytes:
         exchange = self._exchange
-        if not exchange.requests and self._answers:
-            self._hand_over()
-        with exchange.changed:
-            while not exchange.requests or exchange.over:
-                if exchange.over or exchange.ended:
-                    raise _Over
-                exchange.waiting = True
-                exchange.changed.wait()
-                exchange.waiting = False
-            return exchange.requests.popleft()
+        if self._pieces:
+            return self._pieces.popleft()
+        while True:
+            if exchange.ended and exchange.requests.empty():
+                break
+            if self._bytes and exchange.requests.empty():
+                self._tell()
+            piece = exchange.requests.get()
+            if exchange.over:
+                break
+            if piece is not None:
+                return piece
+        raise _Over
 
     def _await_room(self) -> None:
-        self._hand_over()
         exchange = self._exchange
-        with exchange.changed:
-            while self._produced >= exchange.allowed:
-                if exchange.over:
-                    raise _Over
-                exchange.waiting = True
-                exchange.changed.wait()
-                exchange.waiting = False
+        self._tell()
+        exchange.hungry = True
+        while self._produced >= exchange.allowed and not exchange.over:
+            piece = exchange.requests.get()
+            if piece is not None:
+                self._pieces.append(piece)
+        exchange.hungry = False
 
-    def _hand_over(self) -> None:
+    def _tell(self) -> None:
         exchange = self._exchange
-        with exchange.changed:
-            exchange.answers += self._answers
-            exchange.done = self._handed = self._done
-            wake = not exchange.told
-            exchange.told = True
-        self._answers = []
+        exchange.done = self._done
         self._bytes = 0
-        if wake:
+        if not exchange.told:
+            exchange.told = True
             self._wake()
 
 
