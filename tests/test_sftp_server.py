@@ -829,3 +829,58 @@ def test_anyBytes(data: bytes, step: int) -> None:
         sftp.client.eof(sftp.channel)
     statuses = [event[1] for event in sftp.channel.events if isinstance(event, tuple)]
     assert statuses in ([b"\0\0\0\0"], [b"\0\0\0\x0b"])
+
+
+class Turns(Clock):
+    """A clock on which what is called later is not called in the same turn."""
+
+    def callLater(self, when: float, *call: Any, **options: Any) -> Any:
+        return super().callLater(when + 1, *call, **options)
+
+    def turn(self) -> None:
+        self.advance(1)
+
+
+def test_othersHaveTheirTurn(store: MemoryFileStore) -> None:
+    """A window full of small requests is begun in portions, and ends as any."""
+    clock = Turns()
+    sftp = SftpClient(store)
+    sftp.server._clock = clock
+    count = sftp_server.MAX_BEGUN_AT_ONCE
+    sftp.client.pause()
+    store.delayed = True
+    sftp.request(Kind.STAT, string(b"/"))
+    for _ in range(2):
+        sftp.send(frame(200, 5, string(b"limits@openssh.com")) * (2 * count))
+    sftp.client.resume()
+    store.delayed = False
+    store.release()
+    sftp.client.eof(sftp.channel)
+    portions = []
+    while clock.getDelayedCalls():
+        clock.turn()
+        portions.append(len(sftp.take()))
+    assert sum(portions) == 4 * count + 1
+    # The answers that had waited, those of the turn at the end of input, and of one more.
+    assert max(portions) <= 3 * count
+    assert sftp.channel.closed
+
+
+def test_longCopiesGiveWay(store: MemoryFileStore) -> None:
+    """One that never ends does not keep others waiting, and ends with the client."""
+    clock = Turns()
+    sftp = SftpClient(store)
+    sftp.server._requests._clock = clock
+    store._copy = lambda *arguments: (_ for _ in ()).throw(  # type: ignore[method-assign]
+        FileStoreError(FileProblem.UNSUPPORTED)
+    )
+    one, two = sftp.open(b"/a", R | CREATE), sftp.open(b"/b", W | CREATE)
+    (zero,) = [file for file in store.opened if file.flags & R]  # type: ignore[union-attr]
+    zero.read = lambda offset, length: b"x" * 10  # type: ignore[union-attr,method-assign]
+    sftp.request(b"copy-data", one, uint64(0), uint64(0), two, uint64(0))
+    for _ in range(10):
+        clock.turn()
+    assert sftp.take() == []
+    sftp.client.close(sftp.channel)
+    assert not clock.getDelayedCalls()
+    assert len(store.get(b"/b")) == 110

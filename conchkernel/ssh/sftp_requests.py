@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 
 from conchkernel.files import Attributes, FileProblem, FileStoreError, OpenFlag
 from conchkernel.ssh import sftp_packets as packets
@@ -60,11 +61,14 @@ class Requests:
 
     Each method is given a request's fields, paths absolute and handles as what they stand for, and
     answers or fails with :class:`~conchkernel.files.FileStoreError`.
+
+    :param clock: lets others have their turn in long copies.
     """
 
-    def __init__(self, store: IFileStore, handles: Handles) -> None:
+    def __init__(self, store: IFileStore, handles: Handles, clock: Any = None) -> None:
         self._store = store
         self._handles = handles
+        self._clock = clock
 
     def absolute(self, path: bytes) -> bytes:
         """A client's path; what is relative begins at the store's home (section 6.2)."""
@@ -190,6 +194,9 @@ class Requests:
                 await written
             offset += len(data)
             targetOffset += len(data)
+            if self._clock is not None:
+                # A store that answers at once would have everybody wait.
+                await deferLater(self._clock, 0)
         return packets.OK
 
     # --- names -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -50,6 +50,9 @@ MAX_BYTES_UNDER_WAY = 8 * 1024 * 1024
 #: Answers that wait for the client, beyond which no request is begun: more of them would make
 #: nothing faster.
 MAX_ANSWER_BYTES = 1024 * 1024
+#: Requests that are begun before others than this session have their turn: a window full of the
+#: smallest ones is 160 000.
+MAX_BEGUN_AT_ONCE = 1024
 #: Answers are joined up to this size on their way to the channel.
 _JOIN_BYTES = 128 * 1024
 #: A task is charged this much for its objects, beside its bytes.
@@ -96,7 +99,7 @@ class ServedFiles:
         self._running = False
         self._inTurn = self._turnCalled = False
         self._inputEnded = self._stopped = False
-        finding = self._finding = findStore()
+        finding = self._finding = maybeDeferred(findStore)
         channel.attach(self._receive, self._endInput, self._grant)
         finding.addCallbacks(self._begin, self._noStore)
         finding.addErrback(self._noStore)
@@ -105,10 +108,10 @@ class ServedFiles:
 
     def _begin(self, store: IFileStore) -> None:
         if self._stopped:
-            _forget(store.close())
+            _forget(maybeDeferred(store.close))
             return
         self._store = store
-        self._requests = Requests(store, self._handles)
+        self._requests = Requests(store, self._handles, self._clock)
         self._turn()
 
     def _noStore(self, reason: Failure) -> None:
@@ -156,7 +159,7 @@ class ServedFiles:
         self._answers.clear()
         self._row.clear()
         if self._store is not None:
-            _forget(self._store.close())
+            _forget(maybeDeferred(self._store.close))
 
     # --- turns -------------------------------------------------------------------------------
 
@@ -174,10 +177,13 @@ class ServedFiles:
         if self._inTurn or self._stopped or self._requests is None:
             return
         self._inTurn = True
+        left = MAX_BEGUN_AT_ONCE
         try:
-            self._beginRequests()
+            left = self._beginRequests(left)
             while self._flush() and not self._stopped:
-                self._beginRequests()
+                left = self._beginRequests(left)
+                if not left and self._clock is None:
+                    left = MAX_BEGUN_AT_ONCE
         except ProtocolError as error:
             self._nonsense(error)
         finally:
@@ -188,7 +194,9 @@ class ServedFiles:
         if taken != self._taken:
             taken, self._taken = taken - self._taken, taken
             self._channel.consumed(taken)
-        if self._inputEnded and not self._tasks and not self._answers and not self._stopped:
+        if not left:
+            self._turnSoon()
+        elif self._inputEnded and not self._tasks and not self._answers and not self._stopped:
             self._stop()
             self._channel.streamExited(ExitStatus(0))
 
@@ -205,18 +213,21 @@ class ServedFiles:
 
     # --- requests ----------------------------------------------------------------------------
 
-    def _beginRequests(self) -> None:
+    def _beginRequests(self, count: int) -> int:
+        """Begin what may be begun, up to ``count`` requests; how many more it could have been."""
         nextRequest = self._reader.next
         tasks = self._tasks
         while (
-            self._answerBytes < MAX_ANSWER_BYTES
+            count
+            and self._answerBytes < MAX_ANSWER_BYTES
             and len(tasks) < MAX_UNDER_WAY
             and len(self._row) < MAX_ROW
             and self._bytesUnderWay < MAX_BYTES_UNDER_WAY
         ):
             request = nextRequest()
             if request is None:
-                return
+                break
+            count -= 1
             what, requestId, arguments = request
             if what == Kind.READ:
                 self._read(requestId, *arguments)
@@ -224,6 +235,7 @@ class ServedFiles:
                 self._write(requestId, *arguments)
             else:
                 self._beginOther(what, requestId, arguments)
+        return count
 
     def _read(self, requestId: int, token: bytes, offset: int, length: int) -> None:
         handle = self._handles.get(token)
