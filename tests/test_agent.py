@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -15,6 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 
 from conchkernel import wire
+from conchkernel.errors import StreamRefused
 from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
 from conchkernel.jupyter import injection
 from conchkernel.loopback import LoopbackBackend
@@ -155,22 +157,79 @@ os.posix_spawn = posix_spawn
 """
 
 
-@pytest.mark.parametrize("pty", [None, PtyRequest(b"vt100", WindowSize(80, 24))])
-@pytest_twisted.ensureDeferred
-async def test_a_python_built_for_an_old_library_starts_programs_too(monkeypatch, pty):
-    """conda's Pythons are built for glibc 2.17, whose posix_spawn cannot begin a session."""
+_NO_MODES = """
+import termios
+def tcsetattr(*arguments):
+    raise termios.error(22, "Invalid argument")
+termios.tcsetattr = tcsetattr
+"""
+
+_DEFECT = """
+import os
+def openpty():
+    raise RuntimeError("a defect")
+os.openpty = openpty
+"""
+
+TERMINAL = PtyRequest(b"vt100", WindowSize(80, 24), ((53, 0),))
+
+
+async def run_after(monkeypatch, boot, command, pty):
+    """Run ``command`` by an agent whose Python is changed first."""
     sources = dict(injection.agent_sources())
-    sources["boot"] = _OLD_LIBRARY + sources["boot"]
+    sources["boot"] = boot + sources["boot"]
     monkeypatch.setattr(injection, "agent_sources", lambda: sources)
     backend = LoopbackBackend(reactor)
     await backend.start()
     try:
         collector = Collector()
-        command = b"ps -o sid= -p $$; echo $$; exit 5"
         collector.start(await backend.connect("owner"), ProcessRequest(command, pty))
         await collector.untilClosed()
     finally:
         await backend.stop()
+    return collector
+
+
+@pytest.mark.parametrize("pty", [None, TERMINAL])
+@pytest_twisted.ensureDeferred
+async def test_a_python_built_for_an_old_library_starts_programs_too(monkeypatch, pty):
+    """conda's Pythons are built for glibc 2.17, whose posix_spawn cannot begin a session."""
+    command = b"ps -o sid= -p $$; echo $$; exit 5"
+    collector = await run_after(monkeypatch, _OLD_LIBRARY, command, pty)
     session, pid = collector.out.split()
     assert session == pid
     assert collector.exit == ExitStatus(5)
+
+
+@pytest_twisted.ensureDeferred
+async def test_modes_that_a_system_refuses_cost_no_terminal(monkeypatch):
+    """A terminal that takes none of the client's modes is still one."""
+    collector = await run_after(monkeypatch, _NO_MODES, b"echo here", TERMINAL)
+    assert bytes(collector.out) == b"here\r\n"
+    assert collector.exit == ExitStatus(0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_defect_in_starting_is_answered(monkeypatch):
+    """Whoever asked for the process hears of it at once, and of no status."""
+    collector = await run_after(monkeypatch, _DEFECT, b"echo here", TERMINAL)
+    assert isinstance(collector.reason, StreamRefused)
+    assert collector.exit is None
+
+
+def test_a_session_that_cannot_go_on_begins_anew(backend):
+    """One that the agent never knew is new, whatever the gateway had; one that is broken ends."""
+    secret = backend._secret
+
+    def answer():
+        connection = socket.socket(socket.AF_UNIX)
+        with connection:
+            connection.settimeout(20)
+            connection.connect(backend._path)
+            connection.sendall(attach(secret=secret, received=1000))
+            head = connection.recv(5, socket.MSG_WAITALL)
+            return json.loads(connection.recv(int.from_bytes(head[:4], "big") - 1))
+
+    assert answer()["new"]
+    assert "error" in answer()
+    assert answer()["new"]

@@ -245,3 +245,48 @@ async def test_an_agent_holds_no_more_than_the_wire_allows(start):
     flood._limit = None
     await flood.untilClosed()
     await deaf.untilClosed()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_opened_on_a_link_that_was_given_up_runs_when_it_is_back(start):
+    """Only the streams of before are gone: a new one waits for the road, and has it."""
+    backend = await start(survivalSeconds=0.3)
+    lost = await begin(backend, b"exec cat")
+    connect = backend.link._connect
+
+    async def nowhere(user):
+        raise LinkLost("no road")
+
+    backend.link._connect = nowhere
+    backend.carrier.transport.abortConnection()
+    await lost.untilClosed()
+    backend.link._survivalSeconds = 20
+    late = Collector()
+    late.start(await backend.connect("owner"), ProcessRequest(b"echo late; exit 4"))
+    backend.link._connect = connect
+    await late.untilClosed()
+    assert late.reason is None
+    assert bytes(late.out) == b"late\n"
+    assert late.exit == ExitStatus(4)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_cut_after_another_agent_came_loses_nothing(start):
+    """The session that a new agent begins is the one that the next carrier goes on with."""
+    backend = await start()
+    lost = await begin(backend, b"echo $PPID; exec cat")
+    await lost.untilOutput(b"\n")
+    os.kill(int(lost.out), 9)
+    backend._spawn()
+    await lost.untilClosed()
+    assert isinstance(lost.reason, LinkLost)
+    collector = await begin(backend, b"cat")
+    carrier = backend.carrier
+    carrier.transport.abortConnection()
+    await until(lambda: backend.link.attached and backend.carrier is not carrier)
+    collector.stream.write(b"after the cut")
+    collector.stream.writeEOF()
+    await collector.untilClosed()
+    assert collector.reason is None
+    assert bytes(collector.out) == b"after the cut"
+    assert collector.exit == ExitStatus(0)

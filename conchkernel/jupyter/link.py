@@ -137,6 +137,7 @@ class Link:
 
     def _newSession(self) -> None:
         self._session = secrets.token_hex(16)
+        self._begun = False  # whether an agent has had it
         self._endpoint = wire.Endpoint(told=self._told)
 
     # --- attaching ---------------------------------------------------------------------------
@@ -164,9 +165,10 @@ class Link:
         answer: Deferred[dict[str, Any]] = Deferred()
         answer.addTimeout(ATTACH_SECONDS, self._reactor)
         self._answer = answer
+        session = self._session
         request = {
             "versions": [wire.VERSION],
-            "session": self._session,
+            "session": session,
             "received": self._endpoint.received_bytes,
             "secret": self._secret,
         }
@@ -179,9 +181,13 @@ class Link:
             self._answer = None
         if "error" in attached:
             raise LinkLost(str(attached["error"])[:300])
-        if self._state is not _State.NEW and attached.get("new"):
-            # The agent that had our streams is gone, and they with it.
+        if self._session != session:
+            raise LinkLost("the session was given up while the agent was asked for it")
+        if self._begun and attached.get("new"):
+            # The agent that had our streams is gone, and they with it. This one has begun a
+            # session of the same name, and is to find it again.
             self._abandon(LinkLost("the processes on the kernel's host are gone"))
+            self._session = session
         received = attached.get("received")
         if attached.get("version") != wire.VERSION or not isinstance(received, int):
             raise LinkLost("the agent on the kernel's host speaks another language")
@@ -192,6 +198,7 @@ class Link:
             self._abandon(LinkLost("the session with the kernel's host is broken"))
             raise LinkLost(str(error)) from None
         self._state = _State.ATTACHED
+        self._begun = True
         self._attempts = 0
         if self._complained:
             self._complained = False

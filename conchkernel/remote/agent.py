@@ -221,6 +221,7 @@ class Agent:
                     carrier.refuse("the agent serves too many gateways")
                     return
                 session = self.sessions[name] = Session(self, name)
+                received = 0  # of this session; what the gateway has is a former agent's
             session.attach(carrier, received, new)
 
     def settle(self, session: Session) -> None:
@@ -261,6 +262,7 @@ class Session:
             replay = self.endpoint.resume(received)
         except wire.WireViolation as error:
             carrier.refuse(str(error))
+            self.end()  # nothing can go on from there; asked for again, it begins anew
             return
         if self._carrier is not None:
             former, self._carrier = self._carrier, None
@@ -336,6 +338,9 @@ class Session:
             wire.refuse(stream, 4, str(error))
         except OSError as error:
             wire.refuse(stream, 4, f"nothing can be started for it: {error.strerror}")
+        except Exception as error:
+            # A defect of ours; without an answer somebody would wait for ever.
+            wire.refuse(stream, 4, f"nothing can be started for it ({type(error).__name__})")
         else:
             stream.receiver = service
             self._streams[stream.id] = service

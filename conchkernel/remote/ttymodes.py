@@ -54,4 +54,7 @@ def apply(fd: int, modes: Iterable[tuple[int, int]]) -> None:
             speed = getattr(termios, f"B{value}", None)
             if speed is not None:
                 attributes[_ISPEED if opcode == _TTY_OP_ISPEED else _OSPEED] = speed
-    termios.tcsetattr(fd, termios.TCSANOW, attributes)
+    try:
+        termios.tcsetattr(fd, termios.TCSANOW, attributes)
+    except termios.error:
+        pass  # a combination that this system has not; a terminal without it is better than none
