@@ -23,6 +23,7 @@ from conchkernel.files import (
     IOpenFile,
     OpenFlag,
 )
+from conchkernel.jupyter import contents_spool, contents_writing
 from conchkernel.jupyter.contents import ContentsFileStore, clean
 from conchkernel.jupyter.contents_rest import quoted
 from conchkernel.jupyter.proxy import make_agent
@@ -303,3 +304,187 @@ async def test_openFlags(server: RunningJupyter) -> None:
             opening = store.open(b"/directory", flags, NONE)
             assert await problem(opening) is FileProblem.IS_DIRECTORY
         assert await problem(store.remove(b"/directory")) is FileProblem.IS_DIRECTORY
+
+
+# --- writing out of order ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks, blocks and bounds so small that a small file meets every edge."""
+    monkeypatch.setattr(contents_writing, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(contents_writing, "_HIGH", 2000)
+    monkeypatch.setattr(contents_writing, "_FETCH_BYTES", 700)
+    monkeypatch.setattr(contents_spool, "MAX_RANGES", 6)
+
+
+class Twin:
+    """A file of the store's, and what it must hold."""
+
+    def __init__(self, file: IOpenFile, content: bytes) -> None:
+        self.file = file
+        self.content = bytearray(content)
+        self.under_way: list[Deferred[None]] = []
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write, without waiting."""
+        waiting = self.file.write(offset, data)
+        if waiting is not None:
+            self.under_way.append(waiting)
+        if len(self.content) < offset:
+            self.content.extend(bytes(offset - len(self.content)))
+        self.content[offset : offset + len(data)] = data
+
+    async def resize(self, size: int) -> None:
+        """Truncate or extend."""
+        await self.settle()
+        await self.file.setAttributes(Attributes(size=size))
+        del self.content[size:]
+        self.content.extend(bytes(size - len(self.content)))
+
+    async def settle(self) -> None:
+        """Wait for the writes."""
+        await gatherResults(self.under_way)
+        self.under_way.clear()
+
+    async def check(self, offset: int, length: int) -> None:
+        """Read what was written."""
+        await self.settle()
+        assert (await self.file.stat()).size == len(self.content)
+        data = self.file.read(offset, length)
+        if isinstance(data, Deferred):
+            data = await data
+        assert data == self.content[offset : offset + length]
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("seed", range(40))
+async def test_anyOrder(current: RunningJupyter, seed: int) -> None:
+    """Whatever is written, cut, extended, read and synced in whatever order is what is there."""
+    chance = random.Random(seed)
+    path = current.root_dir / "file"
+    before = chance.randbytes(chance.choice([0, 0, 500, 5000]))
+    path.write_bytes(before)
+    async with opened(current) as store:
+        file = await store.open(b"/file", SCP | READ, NONE)
+        twin = Twin(file, before)
+        for _ in range(chance.choice([5, 40])):
+            size = len(twin.content)
+            kind = chance.choices("srhocxfz", [6, 6, 3, 3, 1, 2, 1, 1])[0]
+            data = chance.randbytes(chance.choice([1, 100, 999, 1000, 3500]))
+            if kind == "s":
+                twin.write(size, data)
+            elif kind == "r":
+                await twin.check(chance.randrange(size + 100), chance.randrange(4000))
+            elif kind == "h":
+                twin.write(size + chance.randrange(3000), data)
+            elif kind == "o":
+                twin.write(chance.randrange(size + 1), data)
+            elif kind == "c":
+                await twin.resize(chance.randrange(size + 1))
+            elif kind == "x":
+                for start in reversed(range(0, len(data), 100)):
+                    twin.write(size + start, data[start : start + 100])
+            elif kind == "f":
+                await twin.settle()
+                await file.sync()
+                assert path.read_bytes() == twin.content
+                assert (await store.stat(b"/file")).size == len(twin.content)
+            else:
+                await twin.resize(size + chance.randrange(3000))
+        await twin.settle()
+        await file.close()
+        assert path.read_bytes() == twin.content
+        assert store.budget.used == 0
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.usefixtures("small")
+async def test_manyHoles(current: RunningJupyter) -> None:
+    """More separate ranges than a spool may have are joined."""
+    path = current.root_dir / "file"
+    before = os.urandom(9000)
+    path.write_bytes(before)
+    async with opened(current) as store:
+        for flags in (SCP, PUT):
+            file = await store.open(b"/file", flags, NONE)
+            twin = Twin(file, before if flags == SCP else b"")
+            for offset in [*range(200, 8000, 300), *range(20000, 30000, 500)]:
+                twin.write(offset, b"x" * 50)
+                await twin.settle()
+            await file.close()
+            assert path.read_bytes() == twin.content
+
+
+@pytest_twisted.ensureDeferred
+async def test_asScp(server: RunningJupyter) -> None:
+    """scp opens without truncating, writes all of it, then sets the size: longer and shorter."""
+    path = server.root_dir / "file"
+    async with opened(server) as store:
+        for old, new in ((3 * MIB, 2 * MIB + 5), (10, 3 * MIB), (3 * MIB, 7), (5, 0)):
+            path.write_bytes(b"o" * old)
+            path.chmod(0o750)
+            inode = path.stat().st_ino
+            data = os.urandom(new)
+            file = await store.open(b"/file", SCP, NONE)
+            for start in range(0, new, 32768):
+                waiting = file.write(start, data[start : start + 32768])
+                if waiting is not None:
+                    await waiting
+            await file.setAttributes(Attributes(size=new))
+            await file.close()
+            assert path.read_bytes() == data
+            assert (path.stat().st_mode & 0o777, path.stat().st_ino) == (0o750, inode)
+
+
+@pytest_twisted.ensureDeferred
+async def test_resumed(server: RunningJupyter) -> None:
+    """reput: what is there is not fetched, and what was cut off is as it was."""
+    path = server.root_dir / "file"
+    data = os.urandom(3 * MIB)
+    path.write_bytes(data[:MIB])
+    async with opened(server, spoolBytes=0) as store:
+        file = await store.open(b"/file", SCP, NONE)
+        for start in range(MIB, 3 * MIB, 65536):
+            waiting = file.write(start, data[start : start + 65536])
+            if waiting is not None:
+                await waiting
+        await file.close()
+        assert path.read_bytes() == data
+
+
+@pytest_twisted.ensureDeferred
+async def test_spoolIsBounded(current: RunningJupyter, tmp_path: Path) -> None:
+    """What is too large to be written anew is refused before anything is lost."""
+    path = current.root_dir / "file"
+    path.write_bytes(b"o" * 100_000)
+    async with opened(current, spoolDirectory=tmp_path, spoolBytes=50_000) as store:
+        file = await store.open(b"/file", SCP, NONE)
+        assert await problem(Deferred.fromCoroutine(tried(file, 5, b"x"))) is FileProblem.NO_SPACE
+        shorter = file.setAttributes(Attributes(size=60_000))
+        assert await problem(shorter) is FileProblem.NO_SPACE
+        await file.close()
+        assert path.read_bytes() == b"o" * 100_000
+        file = await store.open(b"/new", PUT, NONE)
+        longer = file.setAttributes(Attributes(size=60_000))
+        assert await problem(longer) is FileProblem.NO_SPACE
+        far = tried(file, 10, b"x" * 50_001)
+        assert await problem(Deferred.fromCoroutine(far)) is FileProblem.NO_SPACE
+        file.write(10, b"x" * 1000)
+        assert store.budget.used == 1000
+        assert os.listdir(tmp_path) == []
+        await file.close()
+        assert (current.root_dir / "new").read_bytes() == bytes(10) + b"x" * 1000
+    missing = tmp_path / "missing"
+    async with opened(current, spoolDirectory=missing) as store:
+        file = await store.open(b"/new", PUT, NONE)
+        assert await problem(Deferred.fromCoroutine(tried(file, 9, b"x"))) is FileProblem.NO_SPACE
+        await file.close()
+
+
+async def tried(file: IOpenFile, offset: int, data: bytes) -> None:
+    """Write, and wait."""
+    waiting = file.write(offset, data)
+    if waiting is not None:
+        await waiting

@@ -425,7 +425,12 @@ class Contents:
         """What the API tells of a path."""
         answer = await self._exchange("GET", f"/api/contents{_below(path)}?content=0")
         if answer.status != 200:
-            raise await self._refused(answer, path, creating=False)
+            refused = await self._refused(answer, path, creating=False)
+            above = path.rpartition(b"/")[0]
+            if answer.status == 500 and above and not (await self.stat(above)).directory:
+                # What is below a file, servers since 2 call an unhandled error.
+                raise FileStoreError(FileProblem.NOT_DIRECTORY)
+            raise refused
         told = model(answer.json())
         self._proved = True
         return told

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from conchkernel.jupyter.contents_rest import Contents, Model
     from conchkernel.jupyter.contents_spool import Budget
 
-#: Bytes in one request. A server decodes a request in one go, and kernels wait meanwhile.
-CHUNK_BYTES = 1024 * 1024
+#: Bytes in one request, which then has less than 1 MiB: more some proxies take only when told to.
+#: A server decodes a request in one go, and its kernels wait meanwhile.
+CHUNK_BYTES = 720 * 1024
 #: A server that takes less than this at once takes no files.
 _LEAST_CHUNK = 16 * 1024
 #: Bytes that wait beside the chunk under way, before a writer is made to wait.
@@ -147,9 +148,14 @@ class Uploader:
                 self._spool.cut(size)
                 self._drop(0, 0)
             self._sent = min(self._sent, size)
+            if self.size < size:
+                # The cut went through a hole.
+                self._spool = self._spool or Spool(self._budget)
+                self._spool.zeros(self.size, size)
         finally:
             self._lock.release()
         self._supersede()
+        self._pump()
 
     def _drop(self, start: int, end: int) -> None:
         spool = self._spool
@@ -182,10 +188,14 @@ class Uploader:
     def _begin_anew(self) -> None:
         self._sent, self._number, self._unfinished = 0, 0, False
 
-    def _pushed(self) -> Deferred[None] | None:
-        if self._pumping is None and self._ready >= self._chunk:
+    def _pump(self) -> None:
+        """Begin to send, where there is a chunk's worth and nobody does."""
+        if self._pumping is None and self._ready >= self._chunk and self.problem is None:
             self._pumping = Deferred.fromCoroutine(self._upload(last=False, rest=False))
             self._pumping.addBoth(self._pumped)
+
+    def _pushed(self) -> Deferred[None] | None:
+        self._pump()
         if self._ready <= _HIGH:
             return None
         if self.problem is not None:
@@ -201,6 +211,8 @@ class Uploader:
         if isinstance(result, Failure) and not result.check(FileStoreError):
             self._log.failure("uploading", result)
         self._progress()
+        # More may have come since it looked last.
+        self._pump()
 
     def _progress(self) -> None:
         """Let writers go on, or tell them."""
@@ -334,6 +346,8 @@ class Uploader:
                 self._fill_zeros()
         finally:
             self._lock.release()
+        self._supersede()
+        self._pump()
 
     async def _fill(self) -> None:
         """Fetch what the spool has not of the server's bytes."""
