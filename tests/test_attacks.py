@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -26,8 +27,12 @@ LINUX = sys.platform == "linux"
 #: What a gateway may grow by, whatever is done to it.
 MAXIMUM_GROWTH_KIB = 64 * 1024
 
+#: Seconds for which nobody else is served, at most: of the gateway's own CPU time, so that a busy
+#: machine is not taken for a busy gateway.
+LONGEST_TURN = 0.25
+
 GATEWAY = """
-import sys
+import sys, time
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from twisted.conch.ssh.keys import Key
 from twisted.cred.portal import Portal
@@ -44,7 +49,15 @@ factory = GatewayFactory(
     [Key(Ed25519PrivateKey.generate())], reactor=reactor)
 port = reactor.listenTCP(0, factory, interface="0.0.0.0", backlog=500)
 print(port.getHost().port, flush=True)
+longest, last = 0.0, time.thread_time()
+def tick():
+    global longest, last
+    now = time.thread_time()
+    longest, last = max(longest, now - last), now
+    reactor.callLater(0.01, tick)
+tick()
 reactor.run()
+print(longest)
 """
 
 
@@ -87,7 +100,8 @@ def gateway(tmp_path: Any) -> Iterator[Gateway]:
             assert not [line for line in found.lines() if "Traceback" in line]
         finally:
             found.process.terminate()
-            found.process.wait()
+            last, _ = found.process.communicate()
+    assert float(last) < LONGEST_TURN
 
 
 class Attacker(RawClient):
@@ -231,6 +245,68 @@ def test_keysAgainAndAgain(gateway: Gateway) -> None:
         attacker.sendNewKeys()
     attacker.send(192, string(b"still there"))
     assert attacker.until(193)[-1] == (193, string(b"still there"))
+
+
+def test_channelsWithoutEnd(gateway: Gateway) -> None:
+    """Twenty thousand sessions: ten are opened, and all the others are told why not."""
+    attacker = Attacker(gateway)
+    attacker.login()
+    session = string(b"session") + struct.pack(">3L", 7, 1 << 20, 32768)
+    for _ in range(20):
+        attacker.write(sealed(attacker, 90, session, 1000))
+        attacker.send(192, string(b"all"))
+        answers = [number for number, _ in attacker.until(193) if number in (91, 92)]
+        assert len(answers) == 1000
+
+
+def test_packetsOfNothing(gateway: Gateway) -> None:
+    """A channel whose packets may hold nothing is not opened: no loop is to come of it."""
+    attacker = Attacker(gateway)
+    attacker.login()
+    attacker.send(90, string(b"session") + struct.pack(">3L", 0, 1 << 20, 0))
+    assert attacker.until(92)[-1][1][4:8] == struct.pack(">L", 1)
+
+
+def test_windowsByteByByte(gateway: Gateway) -> None:
+    """A hundred thousand adjustments by one byte, and then one too many for 32 bits."""
+    attacker = Attacker(gateway)
+    attacker.login()
+    attacker.send(90, string(b"session") + struct.pack(">3L", 0, 0, 32768))
+    attacker.until(91)
+    attacker.send(98, struct.pack(">L", 0) + string(b"shell") + b"\1")
+    attacker.until(99)
+    attacker.write(sealed(attacker, 93, struct.pack(">2L", 0, 1), 100_000))
+    attacker.send(192, string(b"through"))
+    attacker.until(193)
+    attacker.send(93, struct.pack(">2L", 0, 0xFFFFFFFF))
+    assert attacker.reason() == (2, b"window of channel 0 overflows")
+
+
+def test_inputThatNobodyTakes(gateway: Gateway) -> None:
+    """More input than the window has room for, to a command that reads nothing."""
+    attacker = Attacker(gateway)
+    attacker.login()
+    attacker.send(90, string(b"session") + struct.pack(">3L", 0, 1 << 20, 32768))
+    attacker.until(91)
+    attacker.send(98, struct.pack(">L", 0) + string(b"exec") + b"\1" + string(b"sleep 5"))
+    attacker.until(99)
+    data = struct.pack(">L", 0) + string(bytes(32768))
+    attacker.flood(sealed(attacker, 94, data, 3000))
+    assert attacker.reason() == (2, b"window of channel 0 ignored")
+
+
+def test_farewellWithEscapes(gateway: Gateway) -> None:
+    """What a client says when it goes steers no terminal that shows the log."""
+    attacker = Attacker(gateway)
+    attacker.login()
+    text = b"\x1b]0;owned\x07\r\n2026 forged line " + bytes(range(128, 256)) * 100
+    attacker.send(1, struct.pack(">L", 2) + string(text) + string(b""))
+    assert attacker.socket.recv(1) == b""
+    (line,) = (line for line in gateway.lines() if "owned" in line)
+    assert line.isascii()
+    assert "\x1b" not in line
+    assert "forged line" in line
+    assert len(line) < 1000
 
 
 def test_hugeLengths(gateway: Gateway) -> None:
