@@ -27,6 +27,7 @@ import psutil
 import pytest
 
 from ..jupyters import start_jupyter
+from .filetrees import Far, far_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -290,6 +291,21 @@ def gateway(
 
 
 @pytest.fixture(scope="session")
+def contents_gateway(
+    client_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayHost]:
+    """One that finds files through the Contents API, of a server of its own."""
+    directory = tmp_path_factory.mktemp("contents")
+    options = ["--files", "contents", "--authorized-keys", str(client_home / "key.pub")]
+    server = start_jupyter("current")
+    try:
+        with running("contents", directory, client_home, server, *options) as made:
+            yield made
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
 def sshd(client_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """OpenSSH's own server, as Debian sets it up but for the port, keys and ``MY_*``."""
     program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
@@ -317,6 +333,7 @@ PrintMotd no
 PrintLastLog no
 AcceptEnv LANG LC_* COLORTERM MY_*
 SetEnv HOME={directory}
+Subsystem sftp internal-sftp
 """
     )
     with (directory / "log").open("wb") as log:
@@ -346,6 +363,13 @@ def host(request: pytest.FixtureRequest) -> Host:
     """sshd, which knows what is right, and then the gateway."""
     made: Host = request.getfixturevalue(request.param)
     return made
+
+
+@pytest.fixture(params=["sshd", "agent", "contents"])
+def far(request: pytest.FixtureRequest, tmp_path: Path) -> Far:
+    """A new directory at sshd, and in either store of a gateway."""
+    of = {"sshd": "sshd", "agent": "gateway", "contents": "contents_gateway"}
+    return far_on(request.getfixturevalue(of[request.param]), request.param, tmp_path)
 
 
 def read_until(stream: IO[bytes] | int | None, mark: bytes) -> bytes:
