@@ -24,7 +24,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import FilteringLogObserver, ILogObserver, LogLevel, LogLevelFilterPredicate
 from twisted.python import usage
@@ -130,6 +130,8 @@ def _rehearse(options: Options) -> None:
 
 def _failed(failure: Failure) -> None:
     """The service could not start: say why, stop as usual, leave with status 1."""
+    if failure.check(CancelledError):
+        return  # a signal came first, and is being obeyed
     # The runner has redirected sys.stderr to its log.
     stderr = sys.__stderr__
     if stderr is not None:

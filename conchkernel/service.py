@@ -200,6 +200,8 @@ class GatewayService(Service):
             try:
                 return await self._startBackend()
             except JupyterError as error:
+                if not self.running:
+                    raise  # by the stop: a request that is cancelled has no answer either
                 if str(error) != told:
                     told = str(error)
                     self._log.warn("Waiting for Jupyter: {reason}", reason=told)
@@ -214,6 +216,8 @@ class GatewayService(Service):
 
     def _failed(self, failure: Failure) -> None:
         self._starting = None
+        if not self.running and failure.check(JupyterError):
+            failure = Failure(CancelledError())  # what a stop broke off tells nothing
         self._outcome = failure
         if failure.check(ConchKernelError):
             self._log.error("Could not start: {reason}", reason=failure.getErrorMessage())

@@ -188,6 +188,21 @@ def test_waitsForJupyter(tmp_path: Path, runner: list[str]) -> None:
         pass
 
 
+@pytest.mark.parametrize("patience", [[], ["--wait-for-jupyter"]])
+def test_toldToEndWhileItStarts(tmp_path: Path, patience: list[str]) -> None:
+    """A signal while Jupyter is being asked is obeyed; that is no failure to be told."""
+    twistd = [str(Path(sys.executable).with_name("twistd")), *RUNNERS["twistd -n"][1:]]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/?token=sesame"
+        with running(
+            tmp_path, [*twistd, "conchkernel"], url, "Listening", "--port", "0", *patience
+        ):
+            silent.settimeout(20)
+            asked, _ = silent.accept()
+        asked.close()
+    assert "conchkernel: " not in (tmp_path / "gateway.log").read_text()
+
+
 def test_helpAndVersion(tmp_path: Path, runner: list[str]) -> None:
     """Both are for reading: stdout, status 0."""
     shown = run(tmp_path, *runner, "--help")

@@ -152,6 +152,31 @@ async def test_stopWhileWaiting() -> None:
     assert backend.calls == ["start", "stop"]
 
 
+@pytest.mark.parametrize("patient", [True, False])
+@pytest_twisted.ensureDeferred
+async def test_stopIsNotTakenForAFailure(patient: bool) -> None:
+    """A request that is cancelled looks like a server that does not answer; nobody tries again."""
+
+    class Asking(Backend):
+        async def start(self) -> None:
+            self.calls.append("start")
+            try:
+                await Deferred()
+            except CancelledError:
+                raise JupyterUnreachable("no answer") from None
+
+    clock = Clock()
+    backend = Asking()
+    service = GatewayService(clock, backend, Factory(), listenable(), waitForBackend=patient)
+    service.startService()
+    started = service.whenStarted()
+    await service.stopService()
+    with pytest.raises(CancelledError):
+        await started
+    assert not clock.getDelayedCalls()
+    assert backend.calls == ["start", "stop"]
+
+
 @pytest_twisted.ensureDeferred
 async def test_startHasALimit() -> None:
     """A Jupyter that accepts and never answers is a failure in good time."""
