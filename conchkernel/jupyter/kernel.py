@@ -201,6 +201,7 @@ class KernelRoad:
         self._patience = KERNEL_SECONDS
         self._kernel: str | None = None
         self._sessionId: str | None = None
+        self._creating: Deferred[None] | None = None
 
     async def carry(self, user: CarrierUser) -> KernelCarrier:
         """A carrier for the link.
@@ -220,16 +221,43 @@ class KernelRoad:
         return carrier
 
     async def _ensureKernel(self) -> str:
+        await self._created()
         for known in dict.fromkeys((self._kernel, self._remembered())):
             if known is not None and await self._client.kernel(known) is not None:
                 self._kernel = known
                 return known
+        creating = self._creating = Deferred.fromCoroutine(self._create())
+        failures: list[Failure] = []
+        creating.addErrback(failures.append)
+        await self._created()
+        if failures:
+            failures[0].raiseException()
+        assert self._kernel is not None
+        return self._kernel
+
+    async def _created(self) -> None:
+        """Wait for the end of a creation, if one is going on.
+
+        It is never cancelled itself: the server would go on with it, and only its answer tells
+        what there is to delete.
+        """
+        creating = self._creating
+        if creating is not None:
+            over: Deferred[None] = Deferred()
+
+            def ended(_: object) -> None:
+                self._creating = None
+                over.callback(None)
+
+            creating.addCallback(ended)
+            await over
+
+    async def _create(self) -> None:
         kernel = await self._client.create_kernel(self._kernelName, self._wantedId)
         if kernel.id != self._wantedId:
             # An older server chose an id itself. A session's path is the next best name.
             kernel = await self._sessionKernel(kernel)
         self._kernel = kernel.id
-        return kernel.id
 
     async def _sessionKernel(self, unwanted: KernelModel) -> KernelModel:
         await self._client.delete_kernel(unwanted.id)
@@ -255,6 +283,7 @@ class KernelRoad:
 
         :raises JupyterError: with a sentence, if it may still be there.
         """
+        await self._created()
         kernel, self._kernel = self._kernel, None
         session, self._sessionId = self._sessionId, None
         self._memory.unlink(missing_ok=True)
