@@ -9,7 +9,7 @@ ARGS ?=
 # What decides whether the installation is still current.
 SOURCES := pyproject.toml setup.py conchkernel/_fastpty.pyx
 
-.PHONY: demo test lint bench bench-ssh clean need-tools
+.PHONY: demo test lint bench bench-ssh bench-files clean need-tools
 
 demo: need-tools $(VENV)/.demo
 	@exec $(BIN)/conchkernel demo $(ARGS)
@@ -26,6 +26,18 @@ bench: need-tools $(VENV)/.test
 
 bench-ssh: need-tools $(VENV)/.test
 	$(BIN)/python -m bench.ssh_servers $(ARGS)
+
+bench-files: need-tools $(VENV)/.test
+	$(BIN)/python -m bench.files $(ARGS)
+
+# A few thousand inputs for each parser that a stranger reaches; more by FUZZ='-max_total_time=600'.
+FUZZ ?= -runs=20000
+
+fuzz: need-tools $(VENV)/.test
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet atheris
+	@for target in hello clear stranger user keys offers; do \
+	  echo "$$target"; $(BIN)/python -m tests.fuzz $$target $(FUZZ) >fuzz.log 2>&1 || \
+	  { tail -40 fuzz.log; exit 1; }; done; rm -f fuzz.log
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info conchkernel/*.c conchkernel/*.so

@@ -6,6 +6,7 @@ one temporary directory. A road knows its ssh command line and which processes a
 
 from __future__ import annotations
 
+import copy
 import getpass
 import http.client
 import os
@@ -174,6 +175,7 @@ class Sshd(Road):
             "PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             "PrintMotd no\nPrintLastLog no\nUseDNS no\n"
             f"SetEnv HOME={self.home.account}\n"
+            f"Subsystem sftp {_find_sftp_server()}\n"
         )
         self._server = self.spawn([program, "-D", "-e", "-f", config])
 
@@ -199,6 +201,7 @@ class Gateway(Road):
     """conchkernel before a Jupyter server."""
 
     name = "gateway"
+    options: tuple[str, ...] = ()
 
     def _start(self) -> None:
         self._jupyter, url = self._start_jupyter()
@@ -208,7 +211,7 @@ class Gateway(Road):
         command: list[str | Path] = [Path(sys.executable).parent / "twistd", "-n", "--pidfile="]
         command += ["conchkernel", "--jupyter-url-file", file, "--port", str(self.port)]
         command += ["--state-dir", self.directory / "state"]
-        command += ["--authorized-keys", self.home.authorized]
+        command += ["--authorized-keys", self.home.authorized, *self.options]
         self._server = self.spawn(command, cwd=_REPOSITORY)
 
     def _start_jupyter(self) -> tuple[subprocess.Popen[bytes], str]:
@@ -292,6 +295,28 @@ def find_sshd() -> str:
     if found is None:
         raise BenchError("there is no sshd to compare with; on Debian: apt install openssh-server")
     return found
+
+
+def _find_sftp_server() -> str:
+    """The program beside sshd; where it is not found, sshd's own, which is the same code."""
+    places = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh", "/usr/libexec")
+    return shutil.which("sftp-server", path=os.pathsep.join(places)) or "internal-sftp"
+
+
+def delayed(road: Road, milliseconds: float) -> Road:
+    """The same server behind a line with that round trip."""
+    other = copy.copy(road)
+    other.port = _free_port()
+    relay = other.spawn(
+        [
+            *(sys.executable, "-m", "bench.delay"),
+            *(str(other.port), str(road.port), str(milliseconds / 2)),
+        ],
+        "relay.log",
+        cwd=_REPOSITORY,
+    )
+    _wait(other._answers, relay, other.directory / "relay.log")
+    return other
 
 
 def _free_port() -> int:

@@ -28,7 +28,7 @@ from pathlib import Path
 from bench.client import LIMIT, Client, Master
 from bench.processes import Process, descendants
 from bench.rows import ROWS, Plan
-from bench.servers import BenchError, Home, Loopback, Road, Sshd
+from bench.servers import BenchError, Home, Loopback, Road, Sshd, delayed
 
 GCM = "aes128-gcm@openssh.com"
 _ROUND_TRIP_MS = 20.0
@@ -96,37 +96,8 @@ class Setting:
     def delayed(self, road: Road) -> Road:
         """The same server behind a long line."""
         if road.name not in self._relays:
-            other = copy.copy(road)
-            other.port = _free_port()
-            milliseconds = str(_ROUND_TRIP_MS / 2)
-            other.spawn(
-                [
-                    *(sys.executable, "-m", "bench.delay"),
-                    *(str(other.port), str(road.port), milliseconds),
-                ],
-                "relay.log",
-                cwd=Path(__file__).parent.parent,
-            )
-            _until_answered(other)
-            self._relays[road.name] = other
+            self._relays[road.name] = delayed(road, _ROUND_TRIP_MS)
         return self._relays[road.name]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _until_answered(road: Road) -> None:
-    deadline = time.monotonic() + LIMIT
-    command = [*road.ssh("-o", "ConnectTimeout=5"), "true"]
-    while subprocess.run(command, capture_output=True, timeout=60, check=False).returncode != 0:
-        if time.monotonic() > deadline:
-            raise BenchError(f"{road.name}: the delayed line does not answer")
-        time.sleep(0.1)
 
 
 def _pinned(road: Road, cipher: str) -> Road:

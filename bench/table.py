@@ -30,17 +30,17 @@ def _figures(results: Results, rows: Sequence[Row], roads: Sequence[str]) -> str
             head.append(_RATIO)
     table = [[*head, "target of gateway", ""]]
     for row in rows:
-        for number, figure in enumerate(row.figures):
-            cells = ["" if number else row.title, f"{figure.name} {figure.unit}".strip()]
+        for place, figure in enumerate(row.figures):
+            cells = ["" if place else row.title, f"{figure.name} {figure.unit}".strip()]
             if figure.name == figure.unit:
                 cells[1] = figure.unit
             for road in roads:
-                cells.append(_number(figures.median(results, row.name, road, figure.name)))
+                cells.append(number(figures.median(results, row.name, road, figure.name)))
                 if road != "sshd" and "sshd" in roads:
-                    cells.append(_number(figures.ratio(results, row.name, road, figure.name)))
+                    cells.append(number(figures.ratio(results, row.name, road, figure.name)))
             target = "" if figure.target is None else str(figure.target)
             table.append([*cells, target, _mark(results, row.name, figure)])
-    return _aligned(table, left=2)
+    return aligned(table, left=2)
 
 
 def _mark(results: Results, row: str, figure: Figure) -> str:
@@ -66,8 +66,8 @@ def _cpu(results: Results, rows: Sequence[Row], roads: Sequence[str]) -> str:
     roles.append("ssh")
     table = [["CPU seconds per GB", "", *roles]]
     for (title, road), costs in found.items():
-        table.append([title, road, *(_number(costs.get(role)) for role in roles)])
-    return _aligned(table, left=2)
+        table.append([title, road, *(number(costs.get(role)) for role in roles)])
+    return aligned(table, left=2)
 
 
 def _memory(results: Results, rows: Sequence[Row], roads: Sequence[str]) -> str:
@@ -83,11 +83,12 @@ def _memory(results: Results, rows: Sequence[Row], roads: Sequence[str]) -> str:
         return ""
     table = [["PSS in MB", "shells", *roles]]
     for (road, shells), costs in found.items():
-        table.append([road, str(shells), *(_number(costs.get(role)) for role in roles)])
-    return _aligned(table, left=1)
+        table.append([road, str(shells), *(number(costs.get(role)) for role in roles)])
+    return aligned(table, left=1)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """With three digits or so."""
     if value is None:
         return "-"
     size = abs(value)
@@ -95,12 +96,13 @@ def _number(value: float | None) -> str:
     return f"{value:.{digits}f}"
 
 
-def _aligned(table: list[list[str]], *, left: int) -> str:
+def aligned(table: list[list[str]], *, left: int) -> str:
+    """A table with its head underlined; the first ``left`` columns are text."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if number < left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ).rstrip()
         for cells in table
     ]
