@@ -7,10 +7,14 @@ import stat
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.logger import globalLogPublisher
 
 from conchkernel.errors import ConfigurationError, KernelRefused, KernelUnsupported, LinkLost
 from conchkernel.jupyter import injection
 from conchkernel.jupyter.backends import JupyterBackend, identity
+from conchkernel.jupyter.proxy import make_agent
+from conchkernel.jupyter.rest import JupyterClient
 
 
 def test_an_identity_is_made_once_and_private(tmp_path):
@@ -78,3 +82,46 @@ def test_the_injection_is_bounded_and_versioned():
     assert content["store_history"] is False
     assert len(injection.version()) == 16
     compile(content["code"], "cell", "exec")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_backend_that_was_stopped_can_be_started_again(currentJupyter, tmp_path):
+    """An application may stop its gateway for a while."""
+    backend = JupyterBackend(reactor, currentJupyter.pasted, state_dir=tmp_path)
+    await backend.start()
+    await backend.stop()
+    await backend.start()
+    try:
+        use = await backend.connect("owner")
+        use.release()
+    finally:
+        await backend.stop()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_stop_while_a_kernel_starts_is_no_failure(currentJupyter, tmp_path, monkeypatch):
+    """It is asked for, leaves no kernel, and is not in the log as a defect."""
+    seen = []
+    globalLogPublisher.addObserver(seen.append)
+    backend = JupyterBackend(reactor, currentJupyter.pasted, state_dir=tmp_path)
+    create = JupyterClient.create_kernel
+    asked: Deferred[None] = Deferred()
+
+    def asking(self, *arguments):
+        reactor.callLater(0.01, asked.callback, None)
+        return create(self, *arguments)
+
+    monkeypatch.setattr(JupyterClient, "create_kernel", asking)
+    starting = Deferred.fromCoroutine(backend.start())
+    await asked
+    client = backend._client
+    wanted = backend._kernels["owner"]._road._wantedId
+    await backend.stop()
+    globalLogPublisher.removeObserver(seen.append)
+    with pytest.raises(LinkLost):
+        await starting
+    assert not [event for event in seen if "log_failure" in event]
+    agent = make_agent(reactor)
+    again = JupyterClient(reactor, client.location, agent)
+    assert await again.kernel(wanted) is None
+    await agent.close()

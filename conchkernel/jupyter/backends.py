@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred, DeferredList, fail, succeed
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, fail, succeed
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -159,7 +159,9 @@ class UserKernel:
         self._starting = None
         self._ready = not isinstance(result, Failure)
         waiting, self._waiting = self._waiting, []
-        if isinstance(result, Failure) and result.check(JupyterError) is None:
+        if isinstance(result, Failure) and result.check(CancelledError):
+            result = Failure(LinkLost("the gateway is stopping"))
+        elif isinstance(result, Failure) and result.check(JupyterError) is None:
             self._log.failure("starting a kernel", result)
             result = Failure(LinkLost("the kernel could not be started; the gateway's log has why"))
         for deferred in waiting:
@@ -243,6 +245,7 @@ class JupyterBackend:
         :raises JupyterError: with a sentence.
         :raises ConfigurationError: if the state directory cannot be used.
         """
+        self.stopping = False
         self._identity = identity(self._stateDir)
         if self._client is None:
             if self._agent is None:
@@ -307,7 +310,8 @@ class JupyterBackend:
         self._ending[user] = done
 
         def ended(_: object) -> None:
-            self._ending.pop(user, None)
+            if self._ending.get(user) is done:
+                del self._ending[user]
 
         done.addBoth(ended)
 

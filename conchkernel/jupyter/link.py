@@ -278,6 +278,8 @@ class Link:
 
     def _attachFailed(self, failure: Failure) -> None:
         self._dropCarrier()
+        if self._state is _State.CLOSED:
+            return
         if failure.check(ConchKernelError) is None:
             self._log.failure("attaching to the kernel's host", failure)
         else:
