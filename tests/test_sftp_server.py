@@ -641,7 +641,7 @@ def test_answersWaitForTheClient(store: MemoryFileStore) -> None:
         sftp.request(Kind.READ, handle, uint64(number * 1000), uint32(32768))
         for number in range(1000)
     ]
-    assert sftp.server._answerBytes < sftp_server.MAX_ANSWER_BYTES + 40_000
+    assert sftp.server._answers.bytes < sftp_server.MAX_ANSWER_BYTES + 40_000
     got = sftp.take()
     while len(got) < len(reads):
         before = len(sftp.channel.output)
@@ -715,6 +715,23 @@ def test_aStoreThatGivesTooMuch(sftp: SftpClient, store: MemoryFileStore) -> Non
     (file,) = store.opened
     file.read = lambda offset, length: b"x" * (length + 5)  # type: ignore[union-attr,method-assign]
     assert sftp.ask(Kind.READ, handle, uint64(0), uint32(5)).data == b"x" * 5
+
+
+def test_aStoreThatAnswersWithSomethingElse(
+    sftp: SftpClient, store: MemoryFileStore, loggedFailures: LoggedFailures
+) -> None:
+    """At once or later: a request has an answer all the same."""
+    handle = sftp.open(b"/file", R | W | CREATE)
+    (file,) = store.opened
+    file.read = lambda offset, length: 5  # type: ignore[union-attr,method-assign]
+    assert sftp.ask(Kind.READ, handle, uint64(0), uint32(5)).status == (4, "internal error")
+    later: Deferred[Any] = Deferred()
+    file.read = lambda offset, length: later  # type: ignore[union-attr,method-assign]
+    sftp.request(Kind.READ, handle, uint64(0), uint32(5))
+    later.callback(5)
+    assert [answer.status for answer in sftp.take()] == [(4, "internal error")]
+    assert len(loggedFailures.flush(TypeError)) == 2
+    assert sftp.ask(Kind.CLOSE, handle).code == Status.OK
 
 
 @pytest.mark.parametrize("problem", list(FileProblem))

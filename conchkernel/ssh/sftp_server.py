@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -19,6 +19,7 @@ from conchkernel.interfaces import ExitStatus
 from conchkernel.ssh import sftp_packets as packets
 from conchkernel.ssh.channel import printable
 from conchkernel.ssh.fields import ProtocolError
+from conchkernel.ssh.sftp_answers import Answers
 from conchkernel.ssh.sftp_handles import Handles
 from conchkernel.ssh.sftp_order import Mode, Order, Task, place
 from conchkernel.ssh.sftp_packets import (
@@ -33,12 +34,11 @@ from conchkernel.ssh.sftp_requests import RULES, Requests, extensionsFor
 from conchkernel.ssh.sftp_status import statusOf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from conchkernel.files import IFileStore
     from conchkernel.ssh.sessions import SessionChannel
     from conchkernel.ssh.sftp_handles import Handle
-    from conchkernel.ssh.sftp_packets import Reply
 
 #: Requests under way in a session. OpenSSH's clients send up to 64, sshfs and asyncssh 128.
 MAX_UNDER_WAY = 128
@@ -53,8 +53,6 @@ MAX_ANSWER_BYTES = 1024 * 1024
 #: Requests that are begun before others than this session have their turn: a window full of the
 #: smallest ones is 160 000.
 MAX_BEGUN_AT_ONCE = 1024
-#: Answers are joined up to this size on their way to the channel.
-_JOIN_BYTES = 128 * 1024
 #: A task is charged this much for its objects, beside its bytes.
 _TASK_BYTES = 512
 #: What sftp-server exits with when its client talks nonsense.
@@ -87,13 +85,8 @@ class ServedFiles:
         self._requests: Requests | None = None
         self._tasks: dict[Task, None] = {}
         self._bytesUnderWay = 0
-        # Packets, or parts of one, for the client.
-        self._answers: deque[bytes | memoryview] = deque()
-        self._answerBytes = 0
-        # Requests in their order, from the first that has no answer yet on; of one that was
-        # answered at once the answer itself.
-        self._row: deque[Task | Sequence[bytes | memoryview]] = deque()
-        self._granted = self._written = self._taken = 0
+        self._answers = Answers(channel.write)
+        self._taken = 0
         # What need not wait any more, while others are being begun.
         self._ready: deque[Task] = deque()
         self._running = False
@@ -136,7 +129,7 @@ class ServedFiles:
 
     def _nonsense(self, error: ProtocolError) -> None:
         """The client's stream cannot be followed any more."""
-        self._flush()
+        self._answers.flush()
         self._stop()
         self._channel.writeError(str(error))
         self._channel.streamExited(ExitStatus(_NONSENSE_STATUS))
@@ -157,7 +150,6 @@ class ServedFiles:
                 task.deferred.cancel()
         self._handles.clear()
         self._answers.clear()
-        self._row.clear()
         if self._store is not None:
             _forget(maybeDeferred(self._store.close))
 
@@ -168,7 +160,7 @@ class ServedFiles:
         self._turn()
 
     def _grant(self, limit: int) -> None:
-        self._granted = limit
+        self._answers.granted = limit
         if self._answers:
             self._turn()
 
@@ -180,7 +172,7 @@ class ServedFiles:
         left = MAX_BEGUN_AT_ONCE
         try:
             left = self._beginRequests(left)
-            while self._flush() and not self._stopped:
+            while self._answers.flush() and not self._stopped:
                 left = self._beginRequests(left)
                 if not left and self._clock is None:
                     left = MAX_BEGUN_AT_ONCE
@@ -219,9 +211,9 @@ class ServedFiles:
         tasks = self._tasks
         while (
             count
-            and self._answerBytes < MAX_ANSWER_BYTES
+            and self._answers.bytes < MAX_ANSWER_BYTES
             and len(tasks) < MAX_UNDER_WAY
-            and len(self._row) < MAX_ROW
+            and len(self._answers.row) < MAX_ROW
             and self._bytesUnderWay < MAX_BYTES_UNDER_WAY
         ):
             request = nextRequest()
@@ -243,18 +235,18 @@ class ServedFiles:
             self._noHandle(requestId)
             return
         if offset > _MAX_OFFSET:
-            self._answer(requestId, packets.status(Status.BAD_MESSAGE, "no such offset"))
+            self._answers.reply(requestId, packets.status(Status.BAD_MESSAGE, "no such offset"))
             return
         length = min(length, MAX_DATA_BYTES)
         task = None
         if self._order.isFree(handle, Mode.READING, offset):
             try:
                 data = handle.opened.read(offset, length)
+                if not isinstance(data, Deferred):
+                    self._answers.data(requestId, data, length)
+                    return
             except Exception as error:
                 self._fail(requestId, error)
-                return
-            if not isinstance(data, Deferred):
-                self._data(requestId, data, length)
                 return
             task = self._readTask(requestId, handle, offset, length)
             self._take(task)
@@ -277,7 +269,7 @@ class ServedFiles:
             return
         end = offset + len(data)
         if end > _MAX_OFFSET:
-            self._answer(requestId, packets.status(Status.BAD_MESSAGE, "no such offset"))
+            self._answers.reply(requestId, packets.status(Status.BAD_MESSAGE, "no such offset"))
             return
         mode = Mode.ALONE if handle.appends else Mode.WRITING
         if self._order.isFree(handle, mode, offset):
@@ -287,7 +279,7 @@ class ServedFiles:
                 self._fail(requestId, error)
                 return
             if written is None:
-                self._answer(requestId, packets.OK)
+                self._answers.reply(requestId, packets.OK)
                 return
             task = self._writeTask(requestId, handle, offset, data, mode)
             # The store has them now; it is the bytes that count here, not who holds them.
@@ -338,22 +330,22 @@ class ServedFiles:
 
     def _answerUnusual(self, what: int | bytes, requestId: int, arguments: tuple[Any, ...]) -> None:
         if what == MALFORMED:
-            self._answer(requestId, packets.status(Status.BAD_MESSAGE, arguments[0]))
+            self._answers.reply(requestId, packets.status(Status.BAD_MESSAGE, arguments[0]))
         elif what == Kind.INIT:
             assert self._store is not None
-            self._send((packets.version(extensionsFor(self._store.features)),))
+            self._answers.send((packets.version(extensionsFor(self._store.features)),))
         elif what == UNKNOWN_EXTENSION:
             sentence = f"unknown extension {printable(arguments[0])}"
-            self._answer(requestId, packets.status(Status.OP_UNSUPPORTED, sentence))
+            self._answers.reply(requestId, packets.status(Status.OP_UNSUPPORTED, sentence))
         else:
-            self._answer(requestId, packets.status(Status.OP_UNSUPPORTED, "unknown request"))
+            self._answers.reply(requestId, packets.status(Status.OP_UNSUPPORTED, "unknown request"))
 
     # --- tasks -------------------------------------------------------------------------------
 
     def _take(self, task: Task) -> None:
         task.cost += _TASK_BYTES
         self._tasks[task] = None
-        self._row.append(task)
+        self._answers.expect(task)
         self._bytesUnderWay += task.cost
 
     def _admit(self, task: Task) -> None:
@@ -380,34 +372,38 @@ class ServedFiles:
             self._fail(task.requestId, error, task)
             self._finish(task)
             return
-        if isinstance(result, Deferred):
-            self._await(task, result)
-        else:
-            self._succeed(result, task)
+        if not isinstance(result, Deferred):
+            result = succeed(result)
+        self._await(task, result)
 
     def _await(self, task: Task, deferred: Deferred[Any]) -> None:
         task.deferred = deferred
         deferred.addCallbacks(
             self._succeed, self._failed, callbackArgs=(task,), errbackArgs=(task,)
         )
+        # Where the store answered with something else.
+        deferred.addErrback(self._failed, task)
 
     def _succeed(self, result: Any, task: Task) -> None:
         task.deferred = None
         if self._stopped:
             return
         if result is None:
-            self._answer(task.requestId, packets.OK, task)
+            self._answers.reply(task.requestId, packets.OK, task)
         elif type(result) is tuple:
-            self._answer(task.requestId, result, task)
+            self._answers.reply(task.requestId, result, task)
         else:
-            self._data(task.requestId, result, task.span[1] - task.span[0], task)
+            self._answers.data(task.requestId, result, task.span[1] - task.span[0], task)
         self._finish(task)
 
     def _failed(self, reason: Failure, task: Task) -> None:
         task.deferred = None
         if self._stopped:
             return
-        self._fail(task.requestId, reason.value, task)
+        if task.answer is None:
+            self._fail(task.requestId, reason.value, task)
+        else:
+            self._log.failure("an SFTP request failed after its answer", reason)
         self._finish(task)
 
     def _finish(self, task: Task) -> None:
@@ -423,7 +419,7 @@ class ServedFiles:
     # --- answers -----------------------------------------------------------------------------
 
     def _noHandle(self, requestId: int) -> None:
-        self._answer(requestId, packets.status(Status.FAILURE, "no such handle"))
+        self._answers.reply(requestId, packets.status(Status.FAILURE, "no such handle"))
 
     def _fail(
         self, requestId: int, error: BaseException | None, task: Task | None = None
@@ -432,76 +428,7 @@ class ServedFiles:
         if reply is None:
             self._log.failure("an SFTP request failed unexpectedly", Failure(error))
             reply = packets.status(Status.FAILURE, "internal error")
-        self._answer(requestId, reply, task)
-
-    def _answer(self, requestId: int, reply: Reply, task: Task | None = None) -> None:
-        self._send((packets.frame(reply[0], requestId, reply[1]),), task)
-
-    def _send(self, packet: Sequence[bytes | memoryview], task: Task | None = None) -> None:
-        """Send an answer as soon as all earlier requests have theirs.
-
-        The protocol allows any order, and sftp-server never uses that: OpenSSH's client takes a
-        reply that overtakes others for the end of what it has, and cuts the file there.
-        """
-        self._answerBytes += sum(map(len, packet))
-        row = self._row
-        if task is None:
-            if row:
-                row.append(packet)
-            else:
-                self._answers.extend(packet)
-            return
-        task.answer = packet
-        while row:
-            first = row[0]
-            ready = first.answer if isinstance(first, Task) else first
-            if ready is None:
-                break
-            row.popleft()
-            self._answers.extend(ready)
-
-    def _data(
-        self, requestId: int, data: bytes, length: int, task: Task | None = None
-    ) -> None:
-        size = len(data)
-        if not size and length:
-            self._answer(requestId, packets.END_OF_FILE, task)
-            return
-        if size > length:
-            # Clients end the session for this.
-            data, size = data[:length], length
-        self._send((packets.dataHead(requestId, size), data), task)
-
-    def _flush(self) -> bool:
-        """Send what was granted; whether anything was sent."""
-        answers = self._answers
-        room = self._granted - self._written
-        if not answers or room <= 0:
-            return False
-        write = self._channel.write
-        while answers and room > 0:
-            pieces: list[bytes | memoryview] = []
-            size = 0
-            bound = min(room, _JOIN_BYTES)
-            while answers and size < bound:
-                piece = answers.popleft()
-                size += len(piece)
-                pieces.append(piece)
-            if size > room:
-                # Only the last piece is too long.
-                last = memoryview(pieces[-1])
-                keep = len(last) - (size - room)
-                pieces[-1] = last[:keep]
-                answers.appendleft(last[keep:])
-                size = room
-            self._written += size
-            self._answerBytes -= size
-            room -= size
-            write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-            # The channel may have granted more, or have closed.
-            room = self._granted - self._written
-            answers = self._answers
-        return True
+        self._answers.reply(requestId, reply, task)
 
 
 def _forget(closing: Deferred[Any]) -> None:
