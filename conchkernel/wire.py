@@ -88,6 +88,7 @@ CAP_FLOOR = 512 * 1024
 CAP_FLOOR_BESIDE_KEYS = 128 * 1024
 CAP_CEILING = 3 * 1024 * 1024
 SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
+JOINED = 32 * 1024  # small writes that wait are joined up to here: an object each costs fifty times
 KEY = 64  # DATA up to here counts as somebody typing
 KEYS_SECONDS = 1.0  # for so long after it
 
@@ -174,9 +175,19 @@ class Stream:
 
     def write(self, data: Buffer, flags: int = 0) -> None:
         """Queue DATA; ``data`` is kept. The caller bounds the queue (see :attr:`queued`)."""
-        if data and not self.closed:
-            self._queue.append((flags, data))
-            self.queued += len(data)
+        size = len(data)
+        if size and not self.closed:
+            queue = self._queue
+            if size <= SMALL:
+                last_flags, last = queue[-1] if queue else (None, b"")
+                # What was taken in part is a view, and no longer grows.
+                if last_flags == flags and type(last) is bytearray and len(last) < JOINED:
+                    last += data
+                else:
+                    queue.append((flags, bytearray(data)))
+            else:
+                queue.append((flags, data))
+            self.queued += size
             self._wake()
 
     def append(self, frame_type: int, payload: bytes = b"") -> None:

@@ -110,6 +110,22 @@ def test_nothing_is_sent_before_credit_and_all_of_it_after():
     assert near.events == [("eof",)]
 
 
+def test_many_small_writes_are_joined():
+    """Bytes that come one by one while there is no credit are few objects, and stay in order."""
+    pair = Pair()
+    near, _, _, far = pair.open()
+    data = bytes(number % 251 for number in range(300_000))
+    for number in range(0, len(data), 3):
+        near.write(data[number : number + 3])
+        if number % 30_000 == 0:
+            pair.pump()
+    assert len(near._queue) < 20
+    assert near.queued == len(data) - wire.INITIAL_CREDIT
+    pair.agent.streams[near.id].grant(len(data))
+    pair.pump()
+    assert far.out == data
+
+
 def test_a_natural_end_drains_before_it_closes():
     """DATA, EOF, EXIT and CLOSE written at once all arrive, in order, as credit allows."""
     pair = Pair()
