@@ -500,32 +500,37 @@ class Endpoint:
     def _frames(self, payload: memoryview, now: float) -> int:
         """Dispatch the whole frames of ``payload``; returns how many bytes they are."""
         position, end, head = 0, len(payload), FRAME.size
-        while end - position >= head:
-            frame_type, flags, stream_id, length = FRAME.unpack_from(payload, position)
-            if length > (MAX_DATA if frame_type == DATA else MAX_FRAME):
-                raise WireViolation(f"a frame of {length} bytes")
-            start = position + head
-            if end - start < length:
-                break
-            position = start + length
-            body = payload[start:position]
-            if stream_id == 0:
-                self._session_frame(frame_type, body, now)
-                continue
-            stream = self.streams.get(stream_id)
-            if stream is None:
-                self._stray(frame_type, stream_id, body)
-            elif frame_type == CREDIT:
-                self._credit(stream, body)
-            elif stream.closed:
-                # Our end is over but for what is queued; only the peer's CLOSE cuts that short.
-                if frame_type == CLOSE:
-                    stream._forget()
-            elif frame_type == DATA:
-                stream._arrived(length, now)
-                stream.receiver.wire_data(body, flags & EXTENDED)
-            else:
-                self._stream_frame(stream, frame_type, body)
+        try:
+            while end - position >= head:
+                frame_type, flags, stream_id, length = FRAME.unpack_from(payload, position)
+                if length > (MAX_DATA if frame_type == DATA else MAX_FRAME):
+                    raise WireViolation(f"a frame of {length} bytes")
+                start = position + head
+                if end - start < length:
+                    break
+                position = start + length
+                body = payload[start:position]
+                if stream_id == 0:
+                    self._session_frame(frame_type, body, now)
+                    continue
+                stream = self.streams.get(stream_id)
+                if stream is None:
+                    self._stray(frame_type, stream_id, body)
+                elif frame_type == CREDIT:
+                    self._credit(stream, body)
+                elif stream.closed:
+                    # Our end is over but for what is queued; only the peer's CLOSE cuts that short.
+                    if frame_type == CLOSE:
+                        stream._forget()
+                elif frame_type == DATA:
+                    stream._arrived(length, now)
+                    stream.receiver.wire_data(body, flags & EXTENDED)
+                else:
+                    self._stream_frame(stream, frame_type, body)
+        except Exception:
+            # A receiver's defect costs what it was told; the frames behind it come with the next.
+            self._partial = bytearray(payload[position:])
+            raise
         return position
 
     def _session_frame(self, frame_type: int, body: memoryview, now: float) -> None:

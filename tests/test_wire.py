@@ -448,6 +448,28 @@ def test_a_repeated_message_is_taken_once():
     assert bytes(typed.out) == b"abcdefghi"
 
 
+def test_a_receivers_defect_costs_nothing_of_other_streams():
+    """What stands behind it in the message is taken with the next one, also half a frame."""
+    pair = Pair()
+    bad, _, _, _ = pair.open()
+    good, _, _, far = pair.open()
+
+    class Defective:
+        def wire_data(self, data, extended):
+            raise RuntimeError("a defect")
+
+    pair.agent.streams[bad.id].receiver = Defective()
+    bad.write(b"x")
+    good.write(b"12345")
+    message = b"".join(pair.gateway.next_message())
+    half = len(message) - 2
+    later = wire.MESSAGE.pack(wire.BYTES, pair.agent.received_bytes + half - wire.MESSAGE.size, 0)
+    with pytest.raises(RuntimeError):
+        pair.agent.receive(message[:half], 0.0)
+    pair.agent.receive(later + message[half:], 0.0)
+    assert far.out == b"12345"
+
+
 def test_too_many_streams_are_refused_one_by_one():
     """The limit costs the newcomer its stream, not the session."""
     pair = Pair()
