@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.cred.portal import Portal
 from twisted.internet import reactor as installed
@@ -20,13 +20,23 @@ from conchkernel.allocator import keepLargeBuffers
 from conchkernel.loopback import LoopbackBackend
 from conchkernel.ssh import hostkeys
 
+if TYPE_CHECKING:
+    from conchkernel.avatars import KernelAvatar
+    from conchkernel.files import IFileStore
+
 
 def main(port: str, state: str, keys: str, pump: str) -> None:
     """Serve until SIGTERM."""
     keepLargeBuffers()
     reactor: Any = installed
     backend = LoopbackBackend(reactor, compiled=pump == "compiled")
-    portal = Portal(KernelRealm(backend), [AuthorizedKeysChecker([Path(keys)])])
+
+    async def files(avatar: KernelAvatar) -> IFileStore:
+        link = await avatar.link()
+        return await link.openFiles(None, False)
+
+    realm = KernelRealm(backend, files=lambda avatar: Deferred.fromCoroutine(files(avatar)))
+    portal = Portal(realm, [AuthorizedKeysChecker([Path(keys)])])
     factory = GatewayFactory(portal, [hostkeys.loadOrCreate(Path(state))], reactor=reactor)
 
     async def serve() -> None:

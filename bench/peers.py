@@ -63,6 +63,7 @@ def serve_asyncssh(port: int, host_key: str, authorized: str) -> None:
             server_host_keys=[host_key],
             authorized_client_keys=authorized,
             process_factory=serve,
+            sftp_factory=True,
             encoding=None,
             line_editor=False,
         )

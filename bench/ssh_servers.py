@@ -129,6 +129,42 @@ def _far(row: str) -> Callable[[Road, Setting], Values]:
     return measure
 
 
+def _sftp(word: str) -> Callable[[Road, Setting], Values]:
+    """A file by the sftp client, as it asks by itself; CPU of all of the server's processes."""
+
+    def measure(road: Road, setting: Setting) -> Values:
+        there, here = road.directory / "there", road.directory / "here"
+        source, target = (there, here) if word == "get" else (here, there)
+        target.unlink(missing_ok=True)
+        source.unlink(missing_ok=True)
+        source.symlink_to(setting.plan.bulk_file)
+        command = road.ssh()
+        batch = f"{word} {source} {target}\n".encode()
+        command = ["sftp", "-q", "-b", "-", *_for_sftp(command[1:-1]), command[-1]]
+        time.sleep(0.3)
+        before, start = _server_cpu(road), time.perf_counter()
+        done = subprocess.run(
+            command, input=batch, capture_output=True, timeout=LIMIT, check=False
+        )
+        seconds = time.perf_counter() - start
+        if done.returncode != 0:
+            raise BenchError(f"sftp gave {done.returncode}: {done.stderr[-300:].decode()}")
+        time.sleep(0.3)
+        cost = _server_cpu(road) - before
+        if target.read_bytes() != setting.plan.bulk[:]:
+            raise BenchError("what sftp brought is not what it was")
+        target.unlink()
+        size = len(setting.plan.bulk)
+        return {"MB/s": size / 1e6 / seconds, "CPU s/GB": cost / (size / 1e9)}
+
+    return measure
+
+
+def _for_sftp(options: list[str]) -> list[str]:
+    """sftp's word for the port is -P."""
+    return ["-P" if option == "-p" else option for option in options]
+
+
 def _echo(road: Road, setting: Setting) -> Values:
     values = ROWS["echo"].measure(road, setting.plan).values
     return {f"{name} µs": values[name] * 1000 for name in ("p50", "p99")}
@@ -151,13 +187,22 @@ def _exec(road: Road, setting: Setting) -> Values:
 
 
 def _server_cpu(road: Road) -> float:
-    """CPU seconds of the server, with all children of its that have ended."""
+    """CPU seconds of the server, its agent and all children of theirs that have ended."""
     pid = road._server.pid
+    agents = [it.pid for it in road._seen if it.pid != pid]
     total = 0
-    for process in (pid, *(it.pid for it in descendants(pid))):
+    for process in (pid, *agents, *(it.pid for it in descendants(pid))):
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         total += sum(map(int, fields[11:15]))
     return total / _TICKS
+
+
+def _meet(road: Road) -> None:
+    """Learn which processes there are beside the server's own."""
+    with Client([*road.ssh(), "printf '%s\\n' \"$PPID\"; read x"]) as client:
+        road.processes(int(client.line()))
+        client.send(b"\n")
+        client.finish()
 
 
 def _connect(road: Road, setting: Setting) -> Values:
@@ -298,6 +343,9 @@ def _bulk_row(title: str, row: str, cipher: str | None) -> Row:
     return Row(title, _bulk(row, cipher), figures, ("conch",) if pinned else ())
 
 
+#: Without paramiko, which has no files of its own, and stock Conch, whose sftp cannot begin.
+_BY_SFTP: dict[str, tuple[Goal | None, bool | None]] = {_SPEED: (None, True), _COST: (None, False)}
+
 TABLE: dict[str, Row] = {
     "down": _bulk_row("exec download, client's cipher", "download", None),
     "up": _bulk_row("exec upload, client's cipher", "upload", None),
@@ -305,6 +353,8 @@ TABLE: dict[str, Row] = {
     "up-gcm": _bulk_row("exec upload, aes128-gcm", "upload", GCM),
     "far-down": Row("exec download, 20 ms away", _far("download"), {_SPEED: (None, True)}),
     "far-up": Row("exec upload, 20 ms away", _far("upload"), {_SPEED: (_of_sshd(0.9), True)}),
+    "sftp-get": Row("sftp get", _sftp("get"), _BY_SFTP, ("paramiko", "conch")),
+    "sftp-put": Row("sftp put", _sftp("put"), _BY_SFTP, ("paramiko", "conch")),
     "echo": Row("key echo", _echo, {"p50 µs": (_above_sshd(100), False), "p99 µs": (None, False)}),
     "exec": Row("true over ControlMaster", _exec, {"p50 ms": (None, False)}),
     "connect": Row(
@@ -432,6 +482,8 @@ def main() -> int:
         setting = Setting(directory, begun, quick=arguments.quick)
         try:
             roads = [SERVERS[name](home, begun) for name in arguments.servers]
+            for road in roads:
+                _meet(road)
             version = subprocess.run(["ssh", "-V"], capture_output=True, check=False).stderr
             print(
                 f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} before the start, Python "
