@@ -148,6 +148,20 @@ def test_manySmallWritesAreJoined(client: MemoryClient) -> None:
     assert len(channel.packets) < 10
 
 
+def test_littleOfALargeMessageDoesNotKeepIt(client: MemoryClient) -> None:
+    """What waits of a message that was mostly others' costs what it is, not what it came in."""
+    channel, stream = running(client)
+    client.pause()
+    for number in range(100):
+        message = memoryview(bytes([number]) * 262_144)
+        stream.receiver.streamData(message[:1500])
+    kept = [data for _, data in stream.receiver._queue]
+    held = sum(len(data.obj if isinstance(data, memoryview) else data) for data in kept)
+    assert held <= 4 * 150_000
+    client.resume()
+    assert channel.output == b"".join(bytes([number]) * 1500 for number in range(100))
+
+
 def test_everyMixOfSizesStaysInOrder(client: MemoryClient) -> None:
     """Whatever the sizes, windows and pauses, stdout and stderr come whole and in order."""
     dice = random.Random(3)

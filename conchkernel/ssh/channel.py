@@ -307,6 +307,8 @@ class GatewayChannel(SSHChannel):
                     return
             # A copy: a view would keep the whole message that it came in.
             data = bytearray(data)
+        elif isinstance(data, memoryview) and memoryview(data.obj).nbytes > 4 * size:
+            data = bytes(data)  # for the same reason: the rest of it was others'
         queue.append((kind, data))
         if len(queue) == 1:
             self.outlet.schedule(self, size <= SMALL_BYTES)
