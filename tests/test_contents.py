@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import random
+import signal
 import stat
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Site
 from zope.interface.verify import verifyObject
 
 from conchkernel.files import (
@@ -23,15 +29,19 @@ from conchkernel.files import (
     IOpenFile,
     OpenFlag,
 )
-from conchkernel.jupyter import contents_spool, contents_writing
+from conchkernel.jupyter import contents_rest, contents_spool, contents_writing
 from conchkernel.jupyter.contents import ContentsFileStore, clean
 from conchkernel.jupyter.contents_rest import quoted
 from conchkernel.jupyter.proxy import make_agent
-from conchkernel.jupyter.rest import discover
+from conchkernel.jupyter.rest import JupyterClient, discover
+from conchkernel.jupyter.urls import JupyterLocation
+from tests.jupyters import start_jupyter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Iterator
     from pathlib import Path
+
+    from twisted.web.server import Request
 
     from tests.jupyters import Jupyters, RunningJupyter
 
@@ -118,10 +128,10 @@ async def put(
 async def get(store: ContentsFileStore, path: bytes, step: int = 32768) -> bytes:
     """Read as a client does: up to 64 requests at a time, until the end."""
     file = await store.open(path, READ, NONE)
+    parts: list[bytes] = []
+    under_way: list[bytes | Deferred[bytes]] = []
+    asked = 0
     try:
-        parts: list[bytes] = []
-        under_way: list[bytes | Deferred[bytes]] = []
-        asked = 0
         while True:
             while len(under_way) < 64:
                 under_way.append(file.read(asked, step))
@@ -137,6 +147,9 @@ async def get(store: ContentsFileStore, path: bytes, step: int = 32768) -> bytes
                 assert await rest == b""
         return b"".join(parts)
     finally:
+        for rest in under_way:
+            if isinstance(rest, Deferred):
+                rest.addErrback(lambda _: None)
         await file.close()
 
 
@@ -488,3 +501,476 @@ async def tried(file: IOpenFile, offset: int, data: bytes) -> None:
     waiting = file.write(offset, data)
     if waiting is not None:
         await waiting
+
+
+# --- renaming, removing, hiding ----------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_rename(server: RunningJupyter) -> None:
+    """Over a file only when asked to, and then as rename(2) would; open files follow."""
+    root = server.root_dir
+    async with opened(server) as store:
+        (root / "old").write_bytes(b"old")
+        (root / "new").write_bytes(b"new")
+        moving = store.rename(b"/old", b"/new", overwrite=False)
+        assert await problem(moving) is FileProblem.EXISTS
+        assert (root / "new").read_bytes() == b"new"
+        await store.rename(b"/old", b"/new", overwrite=True)
+        assert (root / "new").read_bytes() == b"old"
+        assert set(os.listdir(root)) - {".ipynb_checkpoints"} == {"new"}
+        await store.rename(b"/new", b"/new", overwrite=True)
+        gone = store.rename(b"/gone", b"/new", overwrite=True)
+        assert await problem(gone) is FileProblem.NOT_FOUND
+        lost = store.rename(b"/new", b"/no/where", overwrite=True)
+        assert await problem(lost) is FileProblem.NOT_FOUND
+        for name in ("full", "empty", "other"):
+            (root / name).mkdir()
+        (root / "full" / "file").write_bytes(b"")
+        for old, new, why in (
+            (b"/new", b"/empty", FileProblem.IS_DIRECTORY),
+            (b"/empty", b"/new", FileProblem.NOT_DIRECTORY),
+            (b"/other", b"/full", FileProblem.NOT_EMPTY),
+            (b"/other", b"/other/below", FileProblem.INVALID),
+            (b"/", b"/root", FileProblem.INVALID),
+        ):
+            assert await problem(store.rename(old, new, overwrite=True)) is why
+        await store.rename(b"/full", b"/empty", overwrite=True)
+        assert (root / "empty" / "file").exists()
+        file = await store.open(b"/empty/late", PUT, NONE)
+        file.write(0, b"written")
+        await store.rename(b"/empty", b"/moved", overwrite=False)
+        await file.close()
+        assert (root / "moved" / "late").read_bytes() == b"written"
+
+
+@pytest_twisted.ensureDeferred
+async def test_longNames(server: RunningJupyter) -> None:
+    """A name of 255 bytes can be replaced; one of 256 is too long."""
+    name = "ü" * 127 + "x"
+    async with opened(server) as store:
+        for data in (b"1", b"2"):
+            await put(store, b"/new", data)
+            await store.rename(b"/new", b"/" + name.encode(), overwrite=True)
+        assert (server.root_dir / name).read_bytes() == b"2"
+        too_long = b"/" + b"x" * 256
+        assert await problem(store.open(too_long, PUT, NONE)) is FileProblem.NAME_TOO_LONG
+        assert await problem(store.stat(too_long)) is FileProblem.NAME_TOO_LONG
+
+
+@pytest_twisted.ensureDeferred
+async def test_hidden(server: RunningJupyter) -> None:
+    """What the server hides is not there, and cannot be made: with a sentence."""
+    root = server.root_dir
+    (root / ".secret").write_bytes(b"secret")
+    (root / ".directory").mkdir()
+    (root / "file").write_bytes(b"file")
+    async with opened(server) as store:
+        assert list(await names(store, b"/")) == [b"file"]
+        assert await problem(store.stat(b"/.secret")) is FileProblem.NOT_FOUND
+        assert await problem(store.open(b"/.secret", READ, NONE)) is FileProblem.NOT_FOUND
+        for refused in (
+            store.open(b"/.new", PUT, NONE),
+            store.open(b"/.secret", PUT, NONE),
+            store.open(b"/.directory/new", SCP, NONE),
+            store.makeDirectory(b"/.new", NONE),
+            store.rename(b"/file", b"/.file", overwrite=True),
+        ):
+            with pytest.raises(FileStoreError, match="hides names") as caught:
+                await refused
+            assert caught.value.problem is FileProblem.PERMISSION
+        assert (root / ".secret").read_bytes() == b"secret"
+        assert (root / "file").read_bytes() == b"file"
+
+
+@pytest_twisted.ensureDeferred
+async def test_directories(server: RunningJupyter) -> None:
+    """Made once, removed when empty."""
+    async with opened(server) as store:
+        await store.makeDirectory(b"/a", NONE)
+        await store.makeDirectory(b"/a/b", NONE)
+        assert await problem(store.makeDirectory(b"/a", NONE)) is FileProblem.EXISTS
+        assert await problem(store.makeDirectory(b"/x/y", NONE)) is FileProblem.NOT_FOUND
+        assert await problem(store.removeDirectory(b"/a")) is FileProblem.NOT_EMPTY
+        assert await problem(store.removeDirectory(b"/")) is FileProblem.PERMISSION
+        await put(store, b"/file", b"data")
+        assert await problem(store.removeDirectory(b"/file")) is FileProblem.NOT_DIRECTORY
+        assert await problem(store.removeDirectory(b"/none")) is FileProblem.NOT_FOUND
+        assert await problem(store.remove(b"/none")) is FileProblem.NOT_FOUND
+        await store.removeDirectory(b"/a/b")
+        await store.removeDirectory(b"/a")
+        assert (server.root_dir / "file").read_bytes() == b"data"
+
+
+@pytest_twisted.ensureDeferred
+async def test_unsupported(current: RunningJupyter) -> None:
+    """What Jupyter cannot do fails with a sentence; what is so already may be set again."""
+    file = current.root_dir / "file"
+    file.write_bytes(b"0123456789")
+    async with opened(current) as store:
+        now = await store.stat(b"/file")
+        assert now.mtime is not None
+        same = Attributes(mode=now.mode, mtime=int(now.mtime), atime=0.0)
+        await store.setAttributes(b"/file", same)
+        await store.setAttributes(b"/file", Attributes(size=4))
+        assert file.read_bytes() == b"0123"
+        await store.setAttributes(b"/file", Attributes(size=6))
+        assert file.read_bytes() == b"0123\0\0"
+        for work in (
+            store.setAttributes(b"/file", Attributes(mode=0o600, size=0)),
+            store.setAttributes(b"/file", Attributes(mtime=1.0, atime=1.0)),
+            store.setAttributes(b"/file", Attributes(uid=0, gid=0)),
+            store.readLink(b"/file"),
+            store.symbolicLink(b"file", b"/link"),
+            store.hardLink(b"/file", b"/link"),
+            store.filesystem(b"/"),
+            store.homeOf(b"somebody"),
+        ):
+            with pytest.raises(FileStoreError, match="Contents API") as caught:
+                await work
+            assert caught.value.problem is FileProblem.UNSUPPORTED
+        assert file.read_bytes() == b"0123\0\0"
+        assert await store.homeOf(b"") == await store.realPath(b".") == b"/"
+        assert await store.names([0], [0, 1]) == ([""], ["", ""])
+
+
+@pytest_twisted.ensureDeferred
+async def test_copyData(current: RunningJupyter) -> None:
+    """copy-data: all of it, and a part."""
+    data = os.urandom(700_000)
+    (current.root_dir / "from").write_bytes(data)
+    async with opened(current) as store:
+        source = await store.open(b"/from", READ, NONE)
+        target = await store.open(b"/to", PUT, NONE)
+        await store.copy(source, 0, 0, target, 0)
+        await store.copy(source, 10, 20, target, 700_000)
+        await target.close()
+        await source.close()
+    assert (current.root_dir / "to").read_bytes() == data + data[10:30]
+
+
+# --- a file that changes -----------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("change", ["grown", "shrunk", "rewritten", "replaced", "gone"])
+async def test_changedWhileRead(current: RunningJupyter, change: str) -> None:
+    """A reader gets one version of a file, or an error; never the end as if nothing were."""
+    path = current.root_dir / "file"
+    path.write_bytes(b"a" * (12 * MIB))
+    os.utime(path, (1000, 1000))
+    async with opened(current) as store:
+        file = await store.open(b"/file", READ, NONE)
+        first = file.read(0, 32768)
+        assert await first if isinstance(first, Deferred) else first
+        if change == "grown":
+            with open(path, "ab") as more:
+                more.write(b"more")
+        elif change == "shrunk":
+            os.truncate(path, 5 * MIB)
+        elif change == "rewritten":
+            path.write_bytes(b"b" * (12 * MIB))
+        elif change == "replaced":
+            other = current.root_dir / "other"
+            other.write_bytes(b"b" * (12 * MIB))
+            other.rename(path)
+        else:
+            path.unlink()
+
+        async def rest() -> None:
+            offset = 32768
+            while True:
+                data = file.read(offset, 261120)
+                data = await data if isinstance(data, Deferred) else data
+                if not data:
+                    return
+                assert set(data) == {ord("a")}
+                offset += len(data)
+
+        with pytest.raises(FileStoreError, match="changed while it was read") as caught:
+            await rest()
+        assert caught.value.problem is FileProblem.FAILURE
+        await file.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_followed(current: RunningJupyter) -> None:
+    """tail -f: who read to the end sees what is added after."""
+    path = current.root_dir / "log"
+    path.write_bytes(b"one\n")
+    async with opened(current) as store:
+        file = await store.open(b"/log", READ, NONE)
+
+        async def read(offset: int) -> bytes:
+            data = file.read(offset, 1000)
+            return await data if isinstance(data, Deferred) else data
+
+        assert (await read(0), await read(4), await read(4)) == (b"one\n", b"", b"")
+        for text in (b"two\n", b"three\n"):
+            with open(path, "ab") as log:
+                log.write(text)
+            size = path.stat().st_size
+            assert await read(size - len(text)) == text
+            assert await read(size) == b""
+        await file.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_changedWhileWritten(current: RunningJupyter) -> None:
+    """Two who write one file: closing fails, and what fails once does not go on."""
+    path = current.root_dir / "file"
+    async with opened(current) as store:
+        file = await store.open(b"/file", PUT, NONE)
+        for start in range(0, 2 * MIB, 32768):
+            await tried(file, start, b"x" * 32768)
+        await file.sync()
+        with open(path, "ab") as other:
+            other.write(b"other")
+        await tried(file, 2 * MIB, b"x")
+        assert await problem(file.close()) is FileProblem.FAILURE
+
+
+@pytest_twisted.ensureDeferred
+async def test_writersSeeEachOther(current: RunningJupyter) -> None:
+    """Within a session, what one has written and not closed another sees."""
+    async with opened(current) as store:
+        file = await store.open(b"/file", PUT, NONE)
+        file.write(0, b"hello")
+        told = await store.stat(b"/file")
+        assert told == await file.stat()
+        assert told.size == 5
+        assert await get(store, b"/file") == b"hello"
+        file.write(5, b" there")
+        await file.close()
+        assert await get(store, b"/file") == b"hello there"
+
+
+# --- what goes wrong ---------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_noToken(current: RunningJupyter) -> None:
+    """No request carries the token where a log would keep it."""
+    async with opened(current) as store:
+        await put(store, b"/file", b"data")
+        assert await get(store, b"/file") == b"data"
+        assert await problem(store.stat(b"/none")) is FileProblem.NOT_FOUND
+    assert "/none" in current.log
+    assert current.token not in current.log
+
+
+@pytest_twisted.ensureDeferred
+async def test_noContents(jupyters: Jupyters) -> None:
+    """A kernel gateway has no files, and that is what is said."""
+    async with opened(jupyters["kg"]) as store:
+        for work in (
+            store.probe(),
+            store.stat(b"/"),
+            store.stat(b"/file"),
+            store.listDirectory(b"/"),
+            store.open(b"/file", READ, NONE),
+            store.open(b"/file", PUT, NONE),
+            store.makeDirectory(b"/file", NONE),
+        ):
+            with pytest.raises(FileStoreError, match="no Contents API") as caught:
+                await work
+            assert caught.value.problem is FileProblem.UNSUPPORTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_serverDies() -> None:
+    """In the middle of a put and a get: an error on every handle, and what went up is there."""
+    server = start_jupyter("current")
+    try:
+        data = os.urandom(4 * MIB)
+        async with opened(server) as store:
+            await put(store, b"/whole", data)
+            reading = await store.open(b"/whole", READ, NONE)
+            first = reading.read(0, 100)
+            assert (await first if isinstance(first, Deferred) else first) == data[:100]
+            writing = await store.open(b"/part", PUT, NONE)
+            for start in range(0, 3 * MIB, 32768):
+                await tried(writing, start, data[start : start + 32768])
+            await writing.sync()
+            kept = (server.root_dir / "part").read_bytes()
+            os.kill(server.pid, signal.SIGKILL)
+            server._process.wait()
+            last = reading.read(4 * MIB - 100, 100)
+            assert isinstance(last, Deferred)
+            assert await problem(last) is FileProblem.CONNECTION_LOST
+            await tried(writing, 3 * MIB, b"more")
+            assert await problem(writing.sync()) is FileProblem.CONNECTION_LOST
+            more = Deferred.fromCoroutine(tried(writing, 3 * MIB + 4, b"more"))
+            assert await problem(more) is FileProblem.CONNECTION_LOST
+            assert await problem(writing.close()) is FileProblem.CONNECTION_LOST
+            await reading.close()
+            assert await problem(store.stat(b"/whole")) is FileProblem.CONNECTION_LOST
+            assert kept == (server.root_dir / "part").read_bytes() == data[: 3 * MIB]
+    finally:
+        server.stop()
+
+
+# --- a server with whims -----------------------------------------------------------------------
+
+
+class Whimsical(Resource):
+    """Some of the Contents API, over a dict, with what may go wrong on the way."""
+
+    isLeaf = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, bytes] = {}
+        self.names: list[str] = []
+        self.requests: list[str] = []
+        self.limit = 1 << 30
+        self.lose: list[str] = []
+        """For each of the next PUTs: ``before`` or ``after`` it is done, or neither."""
+        self.silent = False
+
+    def render(self, request: Request) -> bytes | int:
+        """One request."""
+        path = unquote(request.path.decode())
+        self.requests.append(f"{request.method.decode()} {request.uri.decode()}")
+        if self.silent:
+            return NOT_DONE_YET
+        if path.startswith("/files/"):
+            data = self.files[path.removeprefix("/files/")]
+            request.setHeader(b"Last-Modified", b"Thu, 01 Jan 1970 00:16:40 GMT")
+            return data
+        path = path.removeprefix("/api/contents").lstrip("/")
+        if request.method == b"PUT":
+            return self.put(request, path)
+        if path and path not in self.files:
+            request.setResponseCode(404)
+            return b'{"message": "no such file"}'
+        return self.model(path)
+
+    def put(self, request: Request, path: str) -> bytes | int:
+        """Write."""
+        body = request.content.read()
+        if len(body) > self.limit:
+            request.setResponseCode(413)
+            return b"<html>413 Request Entity Too Large</html>"
+        lose = self.lose.pop(0) if self.lose else ""
+        if lose != "before":
+            told = json.loads(body)
+            data = base64.b64decode(told["content"])
+            before = b"" if told.get("chunk", 1) == 1 else self.files.get(path, b"")
+            self.files[path] = before + data
+        if lose:
+            request.transport.abortConnection()
+            return NOT_DONE_YET
+        return self.model(path)
+
+    def model(self, path: str) -> bytes:
+        """What a file is."""
+        if path:
+            size = len(self.files[path])
+            return json.dumps({"name": path, "type": "file", "size": size}).encode()
+        content = [{"name": name, "type": "file", "size": -5} for name in self.names]
+        return json.dumps({"name": "", "type": "directory", "content": content}).encode()
+
+
+@asynccontextmanager
+async def whimsical() -> AsyncIterator[tuple[Whimsical, ContentsFileStore]]:
+    """Such a server, and a store on it."""
+    resource = Whimsical()
+    listening = reactor.listenTCP(0, Site(resource), interface="127.0.0.1")
+    agent = make_agent(reactor)
+    location = JupyterLocation(f"http://127.0.0.1:{listening.getHost().port}", "hunter2")
+    store = ContentsFileStore(reactor, JupyterClient(reactor, location, agent))
+    try:
+        yield resource, store
+    finally:
+        await store.close()
+        await agent.close()
+        await listening.stopListening()
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("lose", ["before", "after"])
+async def test_lostAnswers(lose: str) -> None:
+    """A connection that ends under a chunk: it is neither lost nor doubled."""
+    data = os.urandom(9500)
+    async with whimsical() as (server, store):
+        file = await store.open(b"/file", PUT, NONE)
+        server.lose = [lose, "", lose, "", lose]
+        for start in range(0, len(data), 500):
+            await tried(file, start, data[start : start + 500])
+        server.lose.append(lose)
+        await file.close()
+        assert server.files["file"] == data
+        server.lose = [lose]
+        file = await store.open(b"/file", PUT, NONE)
+        assert server.files["file"] == b""
+        server.lose = ["before", "before"]
+        file.write(0, b"x")
+        assert await problem(file.close()) is FileProblem.CONNECTION_LOST
+
+
+@pytest_twisted.ensureDeferred
+async def test_smallRequests() -> None:
+    """A proxy that takes no large bodies gets small ones; one that takes none is an error."""
+    data = os.urandom(2 * MIB)
+    async with whimsical() as (server, store):
+        server.limit = 100_000
+        await put(store, b"/file", data)
+        assert server.files["file"] == data
+        server.limit = 10_000
+        file = await store.open(b"/file", PUT, NONE)
+        with pytest.raises(FileStoreError, match="413"):
+            await tried(file, 0, data)
+        with pytest.raises(FileStoreError, match="413"):
+            await file.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_noParts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sends only whole files: small ones are read, large ones refused."""
+    data = os.urandom(5 * MIB)
+    async with whimsical() as (server, store):
+        server.files["file"] = data
+        assert await get(store, b"/file") == data
+        monkeypatch.setattr(contents_rest, "MAX_WHOLE_BYTES", 4 * MIB)
+        with pytest.raises(FileStoreError, match="only whole") as caught:
+            await get(store, b"/file")
+        assert caught.value.problem is FileProblem.UNSUPPORTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_evilNames() -> None:
+    """Names that lead elsewhere are not handed on."""
+    async with whimsical() as (server, store):
+        server.names = ["good", "..", ".", "", "a/b", "/etc/passwd", "a\0b", "raw\udcff", "x\ud800"]
+        assert list(await names(store, b"/")) == [b"good", b"raw\xff"]
+        assert not [uri for uri in server.requests if "hunter2" in uri]
+
+
+@pytest_twisted.ensureDeferred
+async def test_givenUp() -> None:
+    """What is cancelled or closed leaves no request behind, and no one waiting."""
+    async with whimsical() as (server, store):
+        server.files["file"] = b"x" * 5 * MIB
+        reading = await store.open(b"/file", READ, NONE)
+        writing = await store.open(b"/new", PUT, NONE)
+        server.silent = True
+        stat = store.stat(b"/file")
+        stat.cancel()
+        with pytest.raises((CancelledError, FileStoreError)):
+            await stat
+        waiting = reading.read(0, 1000)
+        assert isinstance(waiting, Deferred)
+        await reading.close()
+        assert await problem(waiting) is FileProblem.FAILURE
+        writes = [writing.write(n * 100_000, b"x" * 100_000) for n in range(40)]
+        blocked = [one for one in writes if one is not None]
+        assert 20 < len(blocked) < 30
+        closing = writing.close()
+        closing.cancel()
+        with pytest.raises((CancelledError, FileStoreError)):
+            await closing
+        for one in blocked:
+            assert await problem(one) is FileProblem.FAILURE
+        assert store.budget.used == 0

@@ -32,7 +32,7 @@ from conchkernel.files import (
 )
 from conchkernel.jupyter.contents_files import ContentsFile, refuse_untrue, unsupported
 from conchkernel.jupyter.contents_reading import true_size
-from conchkernel.jupyter.contents_rest import Contents, Model
+from conchkernel.jupyter.contents_rest import MAX_NAME_BYTES, Contents, Model
 from conchkernel.jupyter.contents_spool import SPOOL_BYTES, Budget
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ MAX_PATH_BYTES = 4096
 _BATCH = 128
 #: Bytes copied at once by copy-data.
 _COPY_BYTES = 256 * 1024
-_MAX_NAME_BYTES = 255
 
 
 def clean(path: bytes) -> bytes:
@@ -331,7 +330,7 @@ class ContentsFileStore:
             raise FileStoreError(FileProblem.NOT_EMPTY)
         suffix = f".{secrets.token_hex(4)}.replaced".encode("ascii")
         directory, _, name = new.rpartition(b"/")
-        name = name[: _MAX_NAME_BYTES - len(suffix)].decode("utf-8", "ignore").encode("utf-8")
+        name = name[: MAX_NAME_BYTES - len(suffix)].decode("utf-8", "ignore").encode("utf-8")
         aside = directory + b"/" + name + suffix
         await self.contents.rename(new, aside)
         try:

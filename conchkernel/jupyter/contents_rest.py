@@ -53,6 +53,8 @@ MAX_LISTING_BYTES = 32 * 1024 * 1024
 MAX_ANSWER_BYTES = 1024 * 1024
 #: A file behind a server that sends no parts is read from its beginning for every part.
 MAX_WHOLE_BYTES = 16 * 1024 * 1024
+#: Of every usual file system.
+MAX_NAME_BYTES = 255
 #: How much of the server's words goes into an error.
 _MAX_WORDS = 200
 
@@ -373,14 +375,19 @@ class Contents:
                 "this Jupyter server sends files only whole, and this one is too large for that",
             )
 
-    async def _refused(self, answer: _Answer, path: bytes, *, creating: bool) -> FileStoreError:
-        """What a status means that is no success."""
+    async def _refused(
+        self, answer: _Answer, path: bytes, creating: bytes | None = None
+    ) -> FileStoreError:
+        """What a status means that is no success.
+
+        :param creating: what there would be, had it been one.
+        """
         if answer.status in (404, 405) and not self._proved and path != b"/":
             # Is it the file that is not there, or all of this API?
             await self.stat(b"/")
-        return self._refusal(answer, path, creating=creating)
+        return self._refusal(answer, path, creating)
 
-    def _refusal(self, answer: _Answer, path: bytes, *, creating: bool) -> FileStoreError:
+    def _refusal(self, answer: _Answer, path: bytes, creating: bytes | None) -> FileStoreError:
         status, words = answer.status, answer.words()
         hub = b"jupyterhub" in answer.body[:65536].lower()
         if status in (401, 424, 502, 503, 504) or 300 <= status < 400 or (status == 404 and hub):
@@ -398,7 +405,10 @@ class Contents:
                 FileProblem.UNSUPPORTED,
                 "this Jupyter server has no Contents API (is it a kernel gateway?)",
             )
-        if creating and hidden(path) and status in (400, 403, 404):
+        if any(len(part) > MAX_NAME_BYTES for part in (creating or path).split(b"/")):
+            # Servers say so, or that it is not there, or that something happened.
+            return FileStoreError(FileProblem.NAME_TOO_LONG)
+        if creating is not None and hidden(creating) and status in (400, 403, 404):
             return FileStoreError(
                 FileProblem.PERMISSION,
                 "the Jupyter server hides names that begin with a dot and takes none "
@@ -425,7 +435,7 @@ class Contents:
         """What the API tells of a path."""
         answer = await self._exchange("GET", f"/api/contents{_below(path)}?content=0")
         if answer.status != 200:
-            refused = await self._refused(answer, path, creating=False)
+            refused = await self._refused(answer, path)
             above = path.rpartition(b"/")[0]
             if answer.status == 500 and above and not (await self.stat(above)).directory:
                 # What is below a file, servers since 2 call an unhandled error.
@@ -444,7 +454,7 @@ class Contents:
             seconds=PATIENT_SECONDS,
         )
         if answer.status != 200:
-            raise await self._refused(answer, path, creating=False)
+            raise await self._refused(answer, path)
         told = answer.json()
         content = told.get("content") if isinstance(told, dict) else None
         if not isinstance(content, list):
@@ -477,7 +487,7 @@ class Contents:
                 raise FileStoreError(FileProblem.FAILURE, "the server sent another part")
             total = int(told[3])
         else:
-            raise await self._refused(answer, path, creating=False)
+            raise await self._refused(answer, path)
         if len(data) != max(0, min(length, total - offset)):
             raise FileStoreError(FileProblem.CONNECTION_LOST, "the server's answer is cut off")
         return Piece(data, total, modified)
@@ -490,20 +500,21 @@ class Contents:
         path: bytes,
         body: bytes | None,
         *,
-        creating: bool = True,
+        creating: bytes | None = None,
         seconds: float = PATIENT_SECONDS,
     ) -> _Answer:
         answer = await self._exchange(
             method, f"/api/contents{quoted(path)}", body=body, seconds=seconds
         )
         if not 200 <= answer.status < 300:
-            raise await self._refused(answer, path, creating=creating)
+            raise await self._refused(answer, path, creating)
         return answer
 
     async def put(self, path: bytes, data: bytes, chunk: int | None = None) -> Model:
         """Write a file whole, or the next part of one.
 
-        :param chunk: 1 truncates, a larger number appends, -1 appends the last part.
+        :param chunk: 1 truncates, a larger number appends, -1 appends the last part. What
+            appends is not repeated if the connection is lost: it may have come.
         """
         number = b"" if chunk is None else b'"chunk":%d,' % chunk
         body = b"".join(
@@ -517,20 +528,34 @@ class Contents:
         )
         # What is there already the server first copies, however much that is.
         seconds = PATIENT_SECONDS if chunk in (None, 1) else REQUEST_SECONDS
-        return model((await self._change("PUT", path, body, seconds=seconds)).json())
+        try:
+            answer = await self._change("PUT", path, body, creating=path, seconds=seconds)
+        except FileStoreError as error:
+            if error.problem is not FileProblem.CONNECTION_LOST or chunk not in (None, 1):
+                raise
+            # A kept connection may end under a request; this one may be repeated.
+            answer = await self._change("PUT", path, body, creating=path, seconds=seconds)
+        return model(answer.json())
 
     async def make_directory(self, path: bytes) -> None:
         """Make a directory; one that is there already is no error to the server."""
-        await self._change("PUT", path, b'{"type":"directory"}')
+        await self._change("PUT", path, b'{"type":"directory"}', creating=path)
 
     async def rename(self, old: bytes, new: bytes) -> None:
         """Rename; EXISTS if there is something already."""
         body = json.dumps({"path": api_path(new)}).encode("ascii")
-        await self._change("PATCH", old, body, creating=hidden(new))
+        try:
+            await self._change("PATCH", old, body, creating=new)
+        except FileStoreError as error:
+            if error.problem is FileProblem.FAILURE:
+                # Few servers say which of the two is not there.
+                await self.stat(old)
+                await self.stat(new.rpartition(b"/")[0] or b"/")
+            raise
 
     async def delete(self, path: bytes) -> None:
         """Delete a file, or a directory with all that is in it."""
-        await self._change("DELETE", path, None, creating=False)
+        await self._change("DELETE", path, None)
 
 
 def _below(path: bytes) -> str:

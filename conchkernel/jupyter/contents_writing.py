@@ -392,7 +392,7 @@ class Uploader:
             await self._send(data[half:], last=last)
             return
         except FileStoreError as error:
-            if error.problem is not FileProblem.CONNECTION_LOST:
+            if error.problem is not FileProblem.CONNECTION_LOST or chunk in (None, 1):
                 raise
             told = await self._again(data, chunk, before)
         after = before + len(data)
@@ -406,12 +406,11 @@ class Uploader:
 
     async def _again(self, data: bytes, chunk: int | None, before: int) -> Model:
         """The answer to a chunk did not come: did the chunk?"""
-        if chunk is not None and chunk != 1:
-            size = await self._real_size()
-            if size == before + len(data):
-                return await self._contents.stat(self.path)
-            if size != before:
-                raise self._changed()
+        size = await self._real_size()
+        if size == before + len(data):
+            return await self._contents.stat(self.path)
+        if size != before:
+            raise self._changed()
         return await self._contents.put(self.path, data, chunk)
 
     async def _real_size(self) -> int:
