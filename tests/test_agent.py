@@ -233,3 +233,30 @@ def test_a_session_that_cannot_go_on_begins_anew(backend):
     assert answer()["new"]
     assert "error" in answer()
     assert answer()["new"]
+
+
+_ACCEPT_FAILS_ONCE = """
+module = sys.modules["conchkernel.remote.agent"]
+answers = [None, OSError("the peer has gone"), None, None]
+def peer_uid(connection):
+    answer = answers.pop(0)
+    if answer is not None:
+        raise answer
+module._peer_uid = peer_uid
+"""
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_that_cannot_be_taken_does_not_shut_the_door(monkeypatch):
+    """macOS refuses to tell of, or to set, options of a socket whose peer has gone already."""
+    sources = dict(injection.agent_sources())
+    boot, end = sources["boot"].rsplit("sys.modules", 1)
+    sources["boot"] = f"{boot}{_ACCEPT_FAILS_ONCE}sys.modules{end}"
+    monkeypatch.setattr(injection, "agent_sources", lambda: sources)
+    backend = LoopbackBackend(reactor)
+    await backend.start()
+    try:
+        assert await deferToThread(speak, backend._path, attach()) == b""
+        assert b"secret" in await deferToThread(speak, backend._path, attach())
+    finally:
+        await backend.stop()

@@ -104,11 +104,12 @@ class Agent:
             callback(fd)
             self._settle()
         except Exception:
+            failed = getattr(getattr(callback, "__self__", None), "failed", None)
+            if failed is None:
+                return  # the loop's own: without its door and its alarm nobody is served any more
             self.unwatch_read(fd)
             self.unwatch_write(fd)
-            failed = getattr(getattr(callback, "__self__", None), "failed", None)
-            if failed is not None:
-                failed()
+            failed()
 
     def _settle(self) -> None:
         """Send what the last event produced, then read on where there is room again."""
@@ -196,10 +197,13 @@ class Agent:
             connection, _ = self._listener.accept()
         except OSError:
             return
-        if _peer_uid(connection) not in (None, os.getuid()) or len(self.carriers) >= MAX_CARRIERS:
-            connection.close()
-            return
-        self.carriers.add(Carrier(self, connection))
+        try:
+            if _peer_uid(connection) in (None, os.getuid()) and len(self.carriers) < MAX_CARRIERS:
+                self.carriers.add(Carrier(self, connection))
+                return
+        except OSError:
+            pass  # its peer has gone already (macOS)
+        connection.close()
 
     def attach(self, carrier: Carrier, request: dict[str, Any]) -> None:
         """Answer an ATTACH."""
