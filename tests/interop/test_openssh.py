@@ -292,7 +292,9 @@ def test_nothing_is_inherited(host: Host) -> None:
     for how in ("-T", "-tt"):
         ran = host.ssh(how, "grep -E '^Sig(Blk|Ign)' /proc/self/status; echo /proc/self/fd/*")
         *signals, files = ran.text.split("\r\n" if how == "-tt" else "\n")[:3]
-        assert [line.split()[1] for line in signals] == ["0" * 16] * 2
+        # 32 and 33 are glibc's own, which no program can set; its posix_spawn ignores them.
+        own = 1 << 31 | 1 << 32
+        assert [int(line.split()[1], 16) & ~own for line in signals] == [0, 0]
         # The last is the shell's own, for its look into the directory.
         assert files.split() == [f"/proc/self/fd/{number}" for number in range(4)]
 
