@@ -424,18 +424,19 @@ def test_asyncssh(far: Far, tree: Path, down: Path) -> None:
                     assert part == BULK[offset : offset + 5000]
             names = await client.glob(f"{up}/sub*/*")
             assert {Path(str(name)).name for name in names} == {"deeper %#?", "script"}
-            await client.remote_copy(f"{up}/large", f"{far.path}/copy")
+            # By :meth:`remote_copy` with paths it would leave the copy open.
+            await client.copy(f"{up}/large", f"{far.path}/copy", remote_only=True)
             await client.rename(f"{far.path}/copy", f"{far.path}/renamed")
-            got = (far.root / "renamed").read_bytes()
-            assert len(got) == len(BULK)
-            bad = [i for i in range(0, len(BULK), 4096) if got[i : i + 4096] != BULK[i : i + 4096]]
-            print("BAD", len(bad), bad[:5], bad[-3:])
-            assert got == BULK
+            assert (far.root / "renamed").read_bytes() == BULK
             if keep:
                 vfs = await client.statvfs(far.path)
                 assert vfs.blocks == os.statvfs(far.root).f_blocks
             await client.rmtree(f"{up}/sub dir")
 
+    if far.store == "sshd":
+        # It tries to change the mode of a link, and fails.
+        for name in LINKS:
+            (tree / name).unlink()
     wanted = seen(tree, far.kept)
     asyncio.run(asyncio.wait_for(talk(), 30))
     assert seen(down / "tree", far.kept) == wanted
@@ -452,6 +453,7 @@ def test_fsspec(far: Far, unlinked: Path, down: Path) -> None:
     )  # fmt: skip
     try:
         up = f"{far.path}/up"
+        files.mkdir(up)
         files.put(f"{unlinked}/", up, recursive=True)
         assert seen(far.root / "up") == seen(unlinked)
         files.get(f"{up}/", str(down / "tree"), recursive=True)
@@ -471,7 +473,7 @@ def test_fsspec(far: Far, unlinked: Path, down: Path) -> None:
         files.rm(up, recursive=True)
         assert not (far.root / "up").exists()
     finally:
-        files._finalizer()
+        files._finalize(files.loop, files._pool, files._stack)
 
 
 # --- what needs commands too -----------------------------------------------------------------
