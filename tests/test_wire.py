@@ -470,6 +470,22 @@ def test_a_receivers_defect_costs_nothing_of_other_streams():
     assert far.out == b"12345"
 
 
+def test_a_stream_can_be_closed_whatever_is_queued():
+    """Somebody asked for more than the cut carrier holds; streams are given up all the same."""
+    pair = Pair()
+    loud, _, _, _ = pair.open()
+    other, _, _, far = pair.open()
+    size = wire.SIZE.pack(80, 24, 0, 0)
+    for _ in range(wire.MAX_CONTROL):
+        loud.control(wire.RESIZE, size)
+    with pytest.raises(wire.WireViolation):
+        loud.control(wire.RESIZE, size)
+    other.close("over")
+    assert other.closed
+    pair.pump()
+    assert far.events == [("closed", "over")]
+
+
 def test_too_many_streams_are_refused_one_by_one():
     """The limit costs the newcomer its stream, not the session."""
     pair = Pair()
