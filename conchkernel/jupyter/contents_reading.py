@@ -164,9 +164,15 @@ class Reader:
         fetching.addBoth(fetched)
 
     async def _assembled(self, offset: int, length: int, blocks: list[_Block]) -> bytes:
-        for block in blocks:
-            if block.data is None:
-                await block.wait()
+        # All at once: a block for which nobody waits is given up where others need its place.
+        waiting = [block.wait() for block in blocks if block.data is None]
+        try:
+            for one in waiting:
+                await one
+        finally:
+            for one in waiting:
+                one.cancel()
+                one.addErrback(lambda _: None)
         if self._problem is not None:
             raise self._problem
         return self._cut(offset, length, blocks)
@@ -278,6 +284,11 @@ _LINK_BYTES = 4096
 _UNTOLD = (FileProblem.UNSUPPORTED, FileProblem.PERMISSION, FileProblem.NOT_FOUND)
 
 
+def may_be_link(seen: Model) -> bool:
+    """Whether a model may be a symbolic link's."""
+    return seen.size is None or 0 < seen.size < _LINK_BYTES
+
+
 async def true_size(
     contents: Contents, path: bytes, seen: Model
 ) -> tuple[int, float | None]:
@@ -285,7 +296,7 @@ async def true_size(
 
     :param seen: what it tells.
     """
-    if seen.size is not None and not 0 < seen.size < _LINK_BYTES:
+    if seen.size is not None and not may_be_link(seen):
         return seen.size, seen.mtime
     try:
         size, mtime = await contents.size(path)
