@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import stat
+import tracemalloc
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -281,6 +282,7 @@ async def test_attributes(server: RunningJupyter) -> None:
         assert await get(store, b"/link") == b"x" * 10000
         listed = await names(store, b"/")
         assert listed[b"file"] == await store.stat(b"/file")
+        assert listed[b"link"] == await store.stat(b"/link")
         assert await problem(store.stat(b"/nothing")) is FileProblem.NOT_FOUND
         # lstat's error is told or not, as the server is old or new.
         below = await problem(store.stat(b"/file/below"))
@@ -745,6 +747,50 @@ async def test_writersSeeEachOther(current: RunningJupyter) -> None:
         assert await get(store, b"/file") == b"hello there"
 
 
+@pytest_twisted.ensureDeferred
+async def test_removedWhileOpen(current: RunningJupyter) -> None:
+    """A file that is removed or replaced does not come back with what is written later."""
+    async with opened(current) as store:
+        whole = await store.open(b"/file", PUT, NONE)
+        await tried(whole, 0, b"x" * 100)
+        await whole.sync()
+        part = await store.open(b"/other", PUT, NONE)
+        part.write(0, b"part")
+        await store.remove(b"/file")
+        await put(store, b"/new", b"new")
+        await store.rename(b"/new", b"/other", overwrite=True)
+        for file in (whole, part):
+            late = Deferred.fromCoroutine(tried(file, 100, b"late"))
+            assert await problem(late) is FileProblem.FAILURE
+        await whole.close()
+        assert await problem(part.close()) is FileProblem.FAILURE
+        assert set(os.listdir(current.root_dir)) - {".ipynb_checkpoints"} == {"other"}
+        assert (current.root_dir / "other").read_bytes() == b"new"
+
+
+@pytest_twisted.ensureDeferred
+async def test_memory(current: RunningJupyter) -> None:
+    """What a file costs does not grow with it."""
+    path = current.root_dir / "file"
+    size = 40 * MIB
+    async with opened(current) as store:
+        tracemalloc.start()
+        try:
+            file = await store.open(b"/file", PUT, NONE)
+            for start in range(0, size, 256 * 1024):
+                await tried(file, start, bytes(256 * 1024))
+            await file.close()
+            assert path.stat().st_size == size
+            file = await store.open(b"/file", READ, NONE)
+            for start in range(0, size, 256 * 1024):
+                data = file.read(start, 256 * 1024)
+                assert len(await data if isinstance(data, Deferred) else data) == 256 * 1024
+            await file.close()
+            assert tracemalloc.get_traced_memory()[1] < 16 * MIB
+        finally:
+            tracemalloc.stop()
+
+
 # --- what goes wrong ---------------------------------------------------------------------------
 
 
@@ -835,7 +881,10 @@ class Whimsical(Resource):
         if self.silent:
             return NOT_DONE_YET
         if path.startswith("/files/"):
-            data = self.files[path.removeprefix("/files/")]
+            data = self.files.get(path.removeprefix("/files/"))
+            if data is None:
+                request.setResponseCode(404)
+                return b"<html>"
             request.setHeader(b"Last-Modified", b"Thu, 01 Jan 1970 00:16:40 GMT")
             return data
         path = path.removeprefix("/api/contents").lstrip("/")

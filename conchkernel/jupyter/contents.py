@@ -31,7 +31,7 @@ from conchkernel.files import (
     OpenFlag,
 )
 from conchkernel.jupyter.contents_files import ContentsFile, refuse_untrue, unsupported
-from conchkernel.jupyter.contents_reading import true_size
+from conchkernel.jupyter.contents_reading import may_be_link, true_size
 from conchkernel.jupyter.contents_rest import MAX_NAME_BYTES, Contents, Model
 from conchkernel.jupyter.contents_spool import SPOOL_BYTES, Budget
 
@@ -46,6 +46,10 @@ _T = TypeVar("_T")
 
 #: Longer than any path of Linux's.
 MAX_PATH_BYTES = 4096
+#: Files known to be no symbolic links, by size and time.
+MAX_KNOWN = 4096
+#: Small files that a listing looks at, to see which are links.
+MAX_LOOKED_AT = 256
 #: Entries handed out at once.
 _BATCH = 128
 #: Bytes copied at once by copy-data.
@@ -120,6 +124,7 @@ class ContentsFileStore:
         self.contents = Contents(reactor, client)
         self.budget = Budget(spoolBytes, spoolDirectory)
         self._files: set[ContentsFile] = set()
+        self._plain: dict[bytes, tuple[int | None, float | None]] = {}
         self._closed = False
 
     def probe(self) -> Deferred[None]:
@@ -154,9 +159,17 @@ class ContentsFileStore:
 
     async def _seen(self, path: bytes) -> Attributes:
         model = await self.contents.stat(path)
-        if model.directory:
+        return await self._true(path, model)
+
+    async def _true(self, path: bytes, model: Model) -> Attributes:
+        """With the size and time of what a symbolic link leads to."""
+        if model.directory or self._plain.get(path) == (model.size, model.mtime):
             return model.attributes
         size, mtime = await true_size(self.contents, path, model)
+        if size == model.size:
+            if len(self._plain) >= MAX_KNOWN:
+                self._plain.clear()
+            self._plain[path] = size, model.mtime
         return replace(model.attributes, size=size, atime=mtime, mtime=mtime)
 
     def listDirectory(self, path: bytes) -> Deferred[IListing]:
@@ -165,7 +178,7 @@ class ContentsFileStore:
 
     async def _list(self, path: bytes) -> IListing:
         path = clean(path)
-        entries: deque[Entry] = deque()
+        found: dict[bytes, Model] = {}
         for model in await self._children(path):
             try:
                 name = model.name.encode("utf-8", "surrogateescape")
@@ -173,8 +186,34 @@ class ContentsFileStore:
                 continue
             # A name that leads elsewhere is no name, whoever sends it.
             if name not in (b"", b".", b"..") and not set(b"/\0") & set(name):
-                entries.append(Entry(name, model.attributes))
-        return _Listing(entries)
+                found[name] = model
+        links = await self._links(path, found)
+        return _Listing(
+            deque(
+                Entry(name, links.get(name) or model.attributes) for name, model in found.items()
+            )
+        )
+
+    async def _links(self, path: bytes, found: dict[bytes, Model]) -> dict[bytes, Attributes]:
+        """The true sizes of what may be symbolic links: a client reads no further than it is told.
+
+        The API does not say which they are; only in a directory with few small files are they
+        all looked at.
+        """
+        above = path.rstrip(b"/") + b"/"
+        small = [name for name, model in found.items() if may_be_link(model)]
+        unknown = [
+            name
+            for name in small
+            if self._plain.get(above + name) != (found[name].size, found[name].mtime)
+        ]
+        if len(unknown) > MAX_LOOKED_AT:
+            return {}
+        asked = [
+            Deferred.fromCoroutine(self._true(above + name, found[name])) for name in unknown
+        ]
+        told = await DeferredList(asked, consumeErrors=True)
+        return {name: one for name, (good, one) in zip(unknown, told, strict=True) if good}
 
     async def _children(self, path: bytes) -> list[Model]:
         try:
@@ -222,7 +261,7 @@ class ContentsFileStore:
         if writing and not model.writable:
             raise FileStoreError(FileProblem.PERMISSION)
         if size is None:
-            size, _ = await true_size(self.contents, path, model)
+            size = (await self._true(path, model)).size or 0
         opened = ContentsFile(self, path, flags, model, size)
         self._files.add(opened)
         return opened
@@ -268,6 +307,13 @@ class ContentsFileStore:
         if (await self.contents.stat(path)).directory:
             raise FileStoreError(FileProblem.IS_DIRECTORY)
         await self.contents.delete(path)
+        self._gone(path)
+
+    def _gone(self, path: bytes) -> None:
+        """What is still to be written there must not make it anew."""
+        for file in self._files:
+            if file.path == path:
+                file.removed()
 
     def makeDirectory(self, path: bytes, attributes: Attributes) -> Deferred[None]:
         """See :meth:`IFileStore.makeDirectory`; its mode is the server's choice."""
@@ -316,6 +362,7 @@ class ContentsFileStore:
             if error.problem is not FileProblem.EXISTS or not overwrite:
                 raise
             await self._replace(old, new)
+            self._gone(new)
         for file in self._files:
             if file.path == old or file.path.startswith(old + b"/"):
                 file.path = new + file.path[len(old) :]
@@ -335,8 +382,14 @@ class ContentsFileStore:
         await self.contents.rename(new, aside)
         try:
             await self.contents.rename(old, new)
-        except BaseException:
-            await self.contents.rename(aside, new)
+        except Exception:
+            try:
+                await self.contents.rename(aside, new)
+            except FileStoreError as error:
+                left = aside.decode("utf-8")
+                raise FileStoreError(
+                    FileProblem.FAILURE, f"nothing was renamed, and the file is now {left}"
+                ) from error
             raise
         try:
             await self.contents.delete(aside)

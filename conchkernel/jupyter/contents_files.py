@@ -63,6 +63,7 @@ class ContentsFile:
         self._path = path
         self._size = size
         self._closed = False
+        self._whole_when_removed = False
         self._finishing: Deferred[None] | None = None
         self._reader: Reader | None = None
         self._uploader: Uploader | None = None
@@ -173,12 +174,18 @@ class ContentsFile:
         self._closed = True
         if self._reader is not None:
             self._reader.close()
-        if self._uploader is None:
+        if self._uploader is None or self._whole_when_removed:
             self._store.closed(self)
             return succeed(None)
         finishing = self._finishing = Deferred.fromCoroutine(self._uploader.finish())
         finishing.addBoth(self._finished)
         return finishing
+
+    def removed(self) -> None:
+        """There is no such file any more: what is written now is nobody's."""
+        if self._uploader is not None and not self._closed:
+            self._whole_when_removed = self._uploader.clean
+            self._uploader.abandon("the file was removed while it was written")
 
     def _finished(self, result: Failure | None) -> Failure | None:
         self._finishing = None

@@ -275,10 +275,10 @@ class Uploader:
         finally:
             self.abandon()
 
-    def abandon(self) -> None:
+    def abandon(self, why: str = "the file is closed") -> None:
         """Give up what did not go up."""
         if self.problem is None:
-            self.problem = FileStoreError(FileProblem.FAILURE, "the file is closed")
+            self.problem = FileStoreError(FileProblem.FAILURE, why)
         if self._pumping is not None:
             self._pumping.cancel()
         self._discard()
