@@ -35,6 +35,7 @@ from conchkernel.ssh.userauth import METHODS as AUTHENTICATION_METHODS
 from conchkernel.values import (
     LIMITS,
     Value,
+    absolutePath,
     algorithms,
     methods,
     oneOf,
@@ -94,13 +95,15 @@ class Options(usage.Options, AuthOptionMixin):
         ["kernel-name", None, None, "Kernel spec to start (default: the server's own)."],
         ["kernel-per", None, "user", "Who shares a kernel: all connections of a 'user', or each "
          "'connection' has its own.", Value("kernel-per", oneOf("user", "connection"))],
-        ["shell", None, None, "Shell on the kernel's host (default: its account's login shell)."],
+        ["shell", None, None, "Shell on the kernel's host (default: its account's login shell).",
+         Value("shell", absolutePath)],
         ["working-dir", None, None, "Where shells and commands start "
-         "(default: Jupyter's root directory)."],
+         "(default: Jupyter's root directory).", Value("working-dir", absolutePath)],
         ["files", None, "auto", "Where sftp and scp find files: on the kernel's host through the "
          "'agent', below Jupyter's root through its 'contents' API, or 'auto': the one that "
          "works.", Value("files", oneOf("auto", "agent", "contents"))],
-        ["sftp-root", None, None, "A directory that sftp sessions see as / and cannot leave."],
+        ["sftp-root", None, None, "A directory that sftp sessions see as / and cannot leave.",
+         Value("sftp-root", absolutePath)],
         ["orphan-timeout", None, 120.0, "Time that shells survive a gateway that has died.",
          Value("orphan-timeout", seconds)],
         ["log-level", None, "info", "Least level that is logged: debug, info, warn, error or "

@@ -49,6 +49,13 @@ def wholeNumber(least: int, most: float = math.inf) -> Callable[[str], int]:
     return judge
 
 
+def absolutePath(text: str) -> str:
+    """A path on another host, where nobody could say what it is relative to."""
+    if not text.startswith("/"):
+        raise ValueError(f"{text!r} is no absolute path")
+    return text
+
+
 def oneOf(*words: str) -> Callable[[str], str]:
     """One of some words."""
 

@@ -297,6 +297,7 @@ def test_startsAheadWhatEverybodyShares() -> None:
         (["--auth", "anonymous"], True),
         (["--auth", "memory:ann:secret"], False),
         (["--kernel-per", "connection"], False),
+        (["--working-dir", "work"], "no absolute path"),
     ):
         assert tap._hasOneKernel(parse("--jupyter-url", URL, *more)) == known
 

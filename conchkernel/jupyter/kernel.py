@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from conchkernel import wire
@@ -176,6 +177,8 @@ class KernelRoad:
     :param memory: a file that remembers the id of a kernel whose id the server chose.
     """
 
+    _log = Logger()
+
     def __init__(
         self,
         reactor: Any,
@@ -275,8 +278,12 @@ class KernelRoad:
             return None
 
     def _remember(self, kernel_id: str) -> None:
-        self._memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._memory.write_text(kernel_id + "\n", "ascii")
+        try:
+            self._memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._memory.write_text(kernel_id + "\n", "ascii")
+        except OSError as error:
+            # It serves this gateway all the same; only the next one will not find it.
+            self._log.warn("a kernel's id cannot be remembered: {error}", error=str(error))
 
     async def remove(self) -> None:
         """Delete the kernel (and its session); one that is gone already is fine.
@@ -286,7 +293,10 @@ class KernelRoad:
         await self._created()
         kernel, self._kernel = self._kernel, None
         session, self._sessionId = self._sessionId, None
-        self._memory.unlink(missing_ok=True)
+        try:
+            self._memory.unlink(missing_ok=True)
+        except OSError as error:
+            self._log.warn("a kernel's id cannot be forgotten: {error}", error=str(error))
         if session is not None:
             await self._client.delete_session(session)
         elif kernel is not None:

@@ -109,7 +109,7 @@ class Agent:
                 return  # the loop's own: without its door and its alarm nobody is served any more
             self.unwatch_read(fd)
             self.unwatch_write(fd)
-            failed()
+            self._give_up(failed)
 
     def _settle(self) -> None:
         """Send what the last event produced, then read on where there is room again."""
@@ -157,6 +157,14 @@ class Agent:
         self._look.add(process)
         self._dirty.add(process.session)
 
+    def _give_up(self, failed: Callable[[], None] | None) -> None:
+        """End what met a defect; that it cannot be ended well ends nothing else."""
+        try:
+            if failed is not None:
+                failed()
+        except Exception:
+            pass
+
     def post(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called by the loop; for other threads."""
         self._posted.append(callback)
@@ -175,7 +183,7 @@ class Agent:
             try:
                 callback()
             except Exception:
-                callback.__self__.failed()
+                self._give_up(getattr(getattr(callback, "__self__", None), "failed", None))
         self._reap()
 
     def _reap(self) -> None:

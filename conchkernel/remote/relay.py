@@ -226,7 +226,12 @@ class Relay:
             env=environment,
             cwd="/",
         )
-        _, complaint = process.communicate(json.dumps(given).encode(), timeout=20)
+        try:
+            _, complaint = process.communicate(json.dumps(given).encode(), timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise OSError("it took too long") from None
         if process.returncode != 0:
             text = complaint.decode("utf-8", "replace").strip().splitlines()
             raise OSError(text[-1] if text else f"status {process.returncode}")
