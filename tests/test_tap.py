@@ -196,6 +196,8 @@ def test_whatTheFactoryIsNotTold(
         (["--jupyter-url", URL, "--port", "65536"], "--port: '65536'"),
         (["--jupyter-url", URL, "--port", "ssh"], "--port: 'ssh'"),
         (["--jupyter-url", URL, "--kernel-per", "host"], "--kernel-per: 'host'"),
+        (["--jupyter-url", URL, "--working-dir", "work"], "--working-dir: 'work'"),
+        (["--jupyter-url", URL, "--shell", "bash"], "--shell: 'bash'"),
         (["--jupyter-url", URL, "--orphan-timeout", "-1"], "--orphan-timeout: '-1'"),
         (["--jupyter-url", URL, "--orphan-timeout", "nan"], "--orphan-timeout: 'nan'"),
         (["--jupyter-url", URL, "--login-grace-time", "soon"], "--login-grace-time: 'soon'"),
@@ -297,7 +299,6 @@ def test_startsAheadWhatEverybodyShares() -> None:
         (["--auth", "anonymous"], True),
         (["--auth", "memory:ann:secret"], False),
         (["--kernel-per", "connection"], False),
-        (["--working-dir", "work"], "no absolute path"),
     ):
         assert tap._hasOneKernel(parse("--jupyter-url", URL, *more)) == known
 
