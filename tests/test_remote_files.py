@@ -248,6 +248,12 @@ def test_malformed_requests_end_their_stream(converse, record):
     assert "malformed" in talk.reason
 
 
+def test_the_first_request_may_be_the_longest(converse):
+    """There is credit for it from the beginning."""
+    talk = converse()
+    assert talk.ask(fw.STAT, b"/" * (fw.MAX_RECORD - fw.COUNTED))[0] == "NAME_TOO_LONG"
+
+
 def test_a_handle_twice_is_a_violation(converse, tmp_path):
     """A number in use cannot be opened again."""
     (tmp_path / "file").touch()

@@ -91,6 +91,7 @@ class FileService:
         info = {"home": operations.home.decode("latin-1"), "features": FEATURES}
         stream.control(wire.OPENED, json.dumps(info).encode())
         FileService.running += 1
+        self._grant()
         self._look()
         _Worker(self._exchange, operations, self._wake).start()
 
@@ -111,8 +112,7 @@ class FileService:
             return
         for answer in _joined(answers):
             stream.write(answer)
-        # A request is done when it is whole, so there must be room for one, however low the cap.
-        stream.grant(exchange.done + max(stream.cap, 4 + fw.MAX_RECORD))
+        self._grant()
         if finished:
             self._over = True
             if exchange.complaint:
@@ -120,6 +120,12 @@ class FileService:
             else:
                 stream.append(wire.CLOSE)
         self._agent.settle(self.session)
+
+    def _grant(self) -> None:
+        """Let requests come; one is done when it is whole, so there is room for any one of them,
+        however low the cap."""
+        stream = self._stream
+        stream.grant(self._exchange.done + max(stream.cap, 4 + fw.MAX_RECORD))
 
     def _look(self) -> None:
         """Let the thread make answers as far as they can go soon."""
