@@ -30,7 +30,7 @@ from conchkernel.files import (
     IOpenFile,
     OpenFlag,
 )
-from conchkernel.jupyter import contents_rest, contents_spool, contents_writing
+from conchkernel.jupyter import contents_http, contents_spool, contents_writing
 from conchkernel.jupyter.contents import ContentsFileStore, clean
 from conchkernel.jupyter.contents_rest import quoted
 from conchkernel.jupyter.proxy import make_agent
@@ -283,7 +283,8 @@ async def test_attributes(server: RunningJupyter) -> None:
         listed = await names(store, b"/")
         assert listed[b"file"] == await store.stat(b"/file")
         assert listed[b"link"] == await store.stat(b"/link")
-        assert await problem(store.stat(b"/nothing")) is FileProblem.NOT_FOUND
+        for absent in (b"/nothing", b"/jupyterhub_config.py", b"/JupyterHub/x"):
+            assert await problem(store.stat(absent)) is FileProblem.NOT_FOUND
         # lstat's error is told or not, as the server is old or new.
         below = await problem(store.stat(b"/file/below"))
         assert below in (FileProblem.NOT_DIRECTORY, FileProblem.NOT_FOUND)
@@ -856,6 +857,17 @@ async def test_serverDies() -> None:
         server.stop()
 
 
+@pytest_twisted.ensureDeferred
+async def test_diskFull(server: RunningJupyter) -> None:
+    """The server's reason comes through, on close at the latest."""
+    (server.root_dir / "full").symlink_to("/dev/full")
+    async with opened(server) as store:
+        file = await store.open(b"/full", WRITE, NONE)
+        # The link's own size is all that the API tells.
+        file.write(len("/dev/full"), b"x" * 100)
+        assert await problem(file.close()) is FileProblem.NO_SPACE
+
+
 # --- a server with whims -----------------------------------------------------------------------
 
 
@@ -982,7 +994,7 @@ async def test_noParts(monkeypatch: pytest.MonkeyPatch) -> None:
     async with whimsical() as (server, store):
         server.files["file"] = data
         assert await get(store, b"/file") == data
-        monkeypatch.setattr(contents_rest, "MAX_WHOLE_BYTES", 4 * MIB)
+        monkeypatch.setattr(contents_http, "MAX_WHOLE_BYTES", 4 * MIB)
         with pytest.raises(FileStoreError, match="only whole") as caught:
             await get(store, b"/file")
         assert caught.value.problem is FileProblem.UNSUPPORTED

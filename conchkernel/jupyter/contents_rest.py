@@ -18,46 +18,21 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, succeed
-from twisted.internet.protocol import Protocol, connectionDone
-from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone, ResponseFailed
-from twisted.web.http import PotentialDataLoss
-from twisted.web.http_headers import Headers
-from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
-from zope.interface import implementer
-
-from conchkernel.errors import ConchKernelError, JupyterError
+from conchkernel.errors import JupyterError
 from conchkernel.files import Attributes, FileProblem, FileStoreError
-from conchkernel.jupyter.reasons import unreachable
+from conchkernel.jupyter.contents_http import PATIENT_SECONDS, REQUEST_SECONDS, FileRequests
 from conchkernel.jupyter.rest import refusal_of
-from conchkernel.jupyter.urls import redact
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IConsumer
-    from twisted.python.failure import Failure
-    from twisted.web.iweb import IResponse
+    from twisted.internet.defer import Deferred
 
+    from conchkernel.jupyter.contents_http import Answer
     from conchkernel.jupyter.rest import JupyterClient
 
-#: Requests under way for one store: what keeps a server's one thread busy, and no more memory.
-MAX_REQUESTS = 8
-#: For an answer; a piece of a file on a slow road included.
-REQUEST_SECONDS = 120.0
-#: For what may take the server long: before it overwrites a file it copies it, a listing blocks.
-PATIENT_SECONDS = 600.0
-#: A connection that was idle longer is not used again: proxies close theirs after 5 s and more.
-KEEP_SECONDS = 4
 #: The list of a directory: some 120 000 names.
 MAX_LISTING_BYTES = 32 * 1024 * 1024
-#: Any other answer in JSON.
-MAX_ANSWER_BYTES = 1024 * 1024
-#: A file behind a server that sends no parts is read from its beginning for every part.
-MAX_WHOLE_BYTES = 16 * 1024 * 1024
 #: Of every usual file system.
 MAX_NAME_BYTES = 255
-#: How much of the server's words goes into an error.
-_MAX_WORDS = 200
-
 #: Components after which Jupyter's URLs go on with something else than a path.
 _RESERVED = {b"checkpoints", b"trust"}
 
@@ -167,216 +142,23 @@ class Piece:
     """``Last-Modified``, as it was told."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status: int
-    headers: Headers
-    length: int | None
-    body: bytes
-
-    def header(self, name: str) -> str:
-        values = self.headers.getRawHeaders(name.encode("ascii"), [b""])
-        return values[0].decode("latin-1") if values else ""
-
-    def json(self) -> Any:
-        try:
-            return json.loads(self.body)
-        except (ValueError, RecursionError):
-            raise FileStoreError(
-                FileProblem.FAILURE, "the server's answer is not Jupyter's"
-            ) from None
-
-    def words(self) -> str:
-        """The server's own, for one line."""
-        try:
-            told = json.loads(self.body)
-            text = str(told.get("message") or told.get("reason") or "")
-        except (ValueError, AttributeError, RecursionError):
-            text = ""
-        text = " ".join(redact(text).split())[:_MAX_WORDS]
-        return "".join(c if c.isprintable() else "?" for c in text) or f"HTTP {self.status}"
-
-
-@implementer(IBodyProducer)
-class _Bytes:
-    """A body that is there already; at most a piece of a file, so written at once."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-        self.length = len(body)
-
-    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        """Write it."""
-        consumer.write(self._body)
-        return succeed(None)
-
-    def pauseProducing(self) -> None:
-        """There is nothing to pause."""
-
-    def resumeProducing(self) -> None:
-        """Nor to go on with."""
-
-    def stopProducing(self) -> None:
-        """Nor to stop."""
-
-
-class _Collector(Protocol):
-    """Takes ``limit`` bytes of a body after the first ``skip``, and waits for no more.
-
-    :param exact: whether a body that goes on behind them is as good as one that ends.
-    """
-
-    def __init__(self, done: Deferred[bytes], skip: int, limit: int, *, exact: bool) -> None:
-        self._done: Deferred[bytes] | None = done
-        self._skip = skip
-        self._left = limit
-        self._exact = exact
-        self._parts: list[bytes] = []
-
-    def dataReceived(self, data: bytes) -> None:
-        """Some of the body."""
-        if self._skip:
-            skipped = min(self._skip, len(data))
-            self._skip -= skipped
-            data = data[skipped:]
-        if len(data) > self._left:
-            if not self._exact:
-                self._finish(FileStoreError(FileProblem.FAILURE, "the answer is too long"))
-            else:
-                self._parts.append(data[: self._left])
-                self._finish(None)
-            self.abandon()
-        elif self._done is not None:
-            self._left -= len(data)
-            self._parts.append(data)
-
-    def abandon(self) -> None:
-        """Do not wait for the rest."""
-        self._done = None
-        self._parts.clear()
-        if self.transport is not None:
-            self.transport.loseConnection()
-
-    def _finish(self, problem: Exception | None) -> None:
-        done, self._done = self._done, None
-        if done is None:
-            return
-        if problem is None:
-            done.callback(b"".join(self._parts))
-        else:
-            done.errback(problem)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The end of the body, or of the connection."""
-        whole = reason.check(ResponseDone, PotentialDataLoss) is not None
-        self._finish(None if whole else ResponseFailed([reason]))
-
-
 class Contents:
     """A server's files over HTTP.
 
-    :param client: names the server and opens it; its connections are not used, since a store has
-        its own limit and closes what it opened.
+    :param client: names the server and opens it.
     """
 
     def __init__(self, reactor: Any, client: JupyterClient) -> None:
-        self._reactor = reactor
         self._client = client
-        self._pool = HTTPConnectionPool(reactor, persistent=True)
-        self._pool.maxPersistentPerHost = MAX_REQUESTS
-        self._pool.cachedConnectionTimeout = KEEP_SECONDS
-        self._agent = Agent.usingEndpointFactory(reactor, client.agent, self._pool)
-        self._turns = DeferredSemaphore(MAX_REQUESTS)
+        self._http = FileRequests(reactor, client)
         self._proved = False
 
     def close(self) -> Deferred[None]:
         """Close the connections that were kept."""
-        return self._pool.closeCachedConnections()
-
-    # --- one request -------------------------------------------------------------------------
-
-    async def _exchange(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: bytes | None = None,
-        span: tuple[int, int] | None = None,
-        limit: int = MAX_ANSWER_BYTES,
-        seconds: float = REQUEST_SECONDS,
-    ) -> _Answer:
-        """Ask once, whatever the answer's status.
-
-        :param span: offset and length of what is wanted of a file.
-        :raises FileStoreError: CONNECTION_LOST if there is no whole answer in time.
-        """
-        headers = Headers({b"User-Agent": [b"conchkernel"], b"Accept": [b"*/*"]})
-        for name, value in self._client.authorization_headers.items():
-            headers.setRawHeaders(name, [value])
-        if not self._client.location.token:
-            # Without a token a server wants proof that no foreign page asks: that both agree.
-            headers.setRawHeaders(b"Cookie", [b"_xsrf=conchkernel"])
-            headers.setRawHeaders(b"X-XSRFToken", [b"conchkernel"])
-        if body is not None:
-            headers.setRawHeaders(b"Content-Type", [b"application/json"])
-        if span is not None:
-            headers.setRawHeaders(b"Range", [b"bytes=%d-%d" % (span[0], sum(span) - 1)])
-        await self._turns.acquire()
-        given_up = False
-
-        def give_up(_: object) -> None:
-            # Twisted's client tells of this as of any lost connection.
-            nonlocal given_up
-            given_up = True
-            asking.cancel()
-
-        try:
-            asking = self._agent.request(
-                method.encode("ascii"),
-                (self._client.location.base + path).encode("ascii"),
-                headers,
-                None if body is None else _Bytes(body),
-            )
-            asking.addTimeout(seconds, self._reactor)
-            asked: Deferred[IResponse] = Deferred(give_up)
-            asking.chainDeferred(asked)
-            response = await asked
-            skip, exact = 0, False
-            if span is not None and response.code in (200, 206):
-                limit, exact = span[1], response.code == 200
-                if response.code == 200:
-                    skip = span[0]
-                    self._insist_on_parts(response.length, span)
-            collector: _Collector
-            collected: Deferred[bytes] = Deferred(lambda _: collector.abandon())
-            collected.addTimeout(seconds, self._reactor)
-            collector = _Collector(collected, skip, limit, exact=exact)
-            told = response.length
-            length = None if told is UNKNOWN_LENGTH else int(told)
-            response.deliverBody(collector)
-            return _Answer(response.code, response.headers, length, await collected)
-        except (ConchKernelError, CancelledError):
-            raise
-        except Exception as error:
-            if given_up:
-                raise CancelledError from None
-            problem = unreachable(error, self._client.location.base)
-            raise FileStoreError(FileProblem.CONNECTION_LOST, str(problem)) from None
-        finally:
-            self._turns.release()
-
-    @staticmethod
-    def _insist_on_parts(length: object, span: tuple[int, int]) -> None:
-        """A whole file came where a part was asked for."""
-        small = isinstance(length, int) and length <= max(MAX_WHOLE_BYTES, span[1])
-        if not small:
-            raise FileStoreError(
-                FileProblem.UNSUPPORTED,
-                "this Jupyter server sends files only whole, and this one is too large for that",
-            )
+        return self._http.close()
 
     async def _refused(
-        self, answer: _Answer, path: bytes, creating: bytes | None = None
+        self, answer: Answer, path: bytes, creating: bytes | None = None
     ) -> FileStoreError:
         """What a status means that is no success.
 
@@ -387,9 +169,11 @@ class Contents:
             await self.stat(b"/")
         return self._refusal(answer, path, creating)
 
-    def _refusal(self, answer: _Answer, path: bytes, creating: bytes | None) -> FileStoreError:
+    def _refusal(self, answer: Answer, path: bytes, creating: bytes | None) -> FileStoreError:
         status, words = answer.status, answer.words()
-        hub = b"jupyterhub" in answer.body[:65536].lower()
+        # A file of that name is not there without being the hub's.
+        named = b"jupyterhub" in (path + (creating or b"")).lower()
+        hub = not named and b"jupyterhub" in answer.body[:65536].lower()
         if status in (401, 424, 502, 503, 504) or 300 <= status < 400 or (status == 404 and hub):
             told: JupyterError = refusal_of(status, self._client.location, hub=hub)
             lost = status not in (401, 302, 303)
@@ -433,7 +217,7 @@ class Contents:
 
     async def stat(self, path: bytes) -> Model:
         """What the API tells of a path."""
-        answer = await self._exchange("GET", f"/api/contents{_below(path)}?content=0")
+        answer = await self._http.ask("GET", f"/api/contents{_below(path)}?content=0")
         if answer.status != 200:
             refused = await self._refused(answer, path)
             above = path.rpartition(b"/")[0]
@@ -447,7 +231,7 @@ class Contents:
 
     async def list(self, path: bytes) -> list[Model]:
         """What is in a directory, without what the server hides."""
-        answer = await self._exchange(
+        answer = await self._http.ask(
             "GET",
             f"/api/contents{_below(path)}?type=directory&content=1",
             limit=MAX_LISTING_BYTES,
@@ -475,7 +259,7 @@ class Contents:
     async def read(self, path: bytes, offset: int, length: int) -> Piece | None:
         """A part of a file, shorter only at its end; ``None`` if it ends before ``offset``."""
         span = (offset, length)
-        answer = await self._exchange("GET", f"/files{quoted(path)}", span=span)
+        answer = await self._http.ask("GET", f"/files{quoted(path)}", span=span)
         if answer.status == 416:
             return None
         data, modified = answer.body, answer.header("Last-Modified")
@@ -502,8 +286,8 @@ class Contents:
         *,
         creating: bytes | None = None,
         seconds: float = PATIENT_SECONDS,
-    ) -> _Answer:
-        answer = await self._exchange(
+    ) -> Answer:
+        answer = await self._http.ask(
             method, f"/api/contents{quoted(path)}", body=body, seconds=seconds
         )
         if not 200 <= answer.status < 300:
