@@ -408,6 +408,29 @@ def test_a_copy_stops_with_its_stream(converse, tmp_path, monkeypatch):
     assert len(copied) <= 2
 
 
+def test_a_call_that_hangs_keeps_its_own_stream_only(converse, tmp_path, monkeypatch):
+    """A disk that does not answer: another stream is served, and this one can be closed."""
+    gate, called = threading.Event(), threading.Event()
+
+    def hang(fd):
+        called.set()
+        gate.wait(PATIENCE_SECONDS)
+
+    monkeypatch.setattr(os, "fsync", hang)
+    stuck, other = converse(), converse()
+    assert stuck.open(b"file", WRITE | CREATE) == ""
+    stuck.send(fw.WRITE, fw.WRITE_HEAD.pack(1, 0), b"written")
+    stuck.send(fw.FSYNC, fw.HANDLE.pack(1))
+    # What was done before is answered, though the call behind it hangs.
+    assert stuck.answer()[1] == ""
+    assert called.wait(PATIENCE_SECONDS)
+    assert other.content(b"file") == b"written"
+    stuck.stream.close()
+    stuck.pump()
+    assert other.content(b"file") == b"written"
+    gate.set()
+
+
 # --- the jail --------------------------------------------------------------------------------
 
 
