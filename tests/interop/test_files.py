@@ -405,8 +405,8 @@ def test_asyncssh(far: Far, tree: Path, down: Path) -> None:
         known = str(far.host.home / f"{far.host.name}.known")
         async with (
             asyncssh.connect(
-                "127.0.0.1", far.host.port, username=getpass.getuser(), config=None, agent_path=None,
-                client_keys=[str(far.host.key)], known_hosts=known,
+                "127.0.0.1", far.host.port, username=getpass.getuser(), config=None,
+                agent_path=None, client_keys=[str(far.host.key)], known_hosts=known,
             ) as line,
             line.start_sftp_client() as client,
         ):  # fmt: skip
@@ -456,7 +456,12 @@ def test_fsspec(far: Far, unlinked: Path, down: Path) -> None:
         files.mkdir(up)
         files.put(f"{unlinked}/", up, recursive=True)
         assert seen(far.root / "up") == seen(unlinked)
-        files.get(f"{up}/", str(down / "tree"), recursive=True)
+        # One by one: its get of a whole tree does not know this asyncssh, whatever the server.
+        for path in sorted(unlinked.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(unlinked)
+                (down / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(f"{up}/{name}", str(down / "tree" / name))
         assert seen(down / "tree") == seen(unlinked)
         with files.open(f"{up}/large", "rb") as file:
             file.seek(2_000_000)

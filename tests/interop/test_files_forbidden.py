@@ -20,28 +20,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ..jupyters import RunningJupyter
     from .conftest import Host
 
 STORES = ["agent", "contents"]
 SECRET = b"what nobody may read"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningJupyter]:
-    """For one gateway after the other."""
-    made = start_jupyter("current")
-    yield made
-    made.stop()
-
-
 @contextlib.contextmanager
 def limited(
-    store: str, server: RunningJupyter, client_home: Path, factory: pytest.TempPathFactory,
-    *options: str,
+    store: str, client_home: Path, factory: pytest.TempPathFactory, *options: str
 ) -> Iterator[Far]:  # fmt: skip
     """A gateway of a jail named ``in``; ``out`` is beside it."""
-    base = server.root_dir / f"{store}{len(list(server.root_dir.iterdir()))}"
+    server = start_jupyter("current")
+    base = server.root_dir / "base"
     for name in ("in", "out", "in2"):
         (base / name).mkdir(parents=True)
         (base / name / "secret").write_bytes(SECRET)
@@ -52,27 +43,28 @@ def limited(
     given = ["--files", store, "--sftp-root", root, *options]
     given += ["--authorized-keys", str(client_home / "key.pub")]
     directory = factory.mktemp(store)
-    with running(f"{store}-jail", directory, client_home, server, *given) as made:
-        yield Far(made, store, base / "in", "/")
+    try:
+        with running(f"{store}-jail", directory, client_home, server, *given) as made:
+            yield Far(made, store, base / "in", "/")
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module", params=STORES)
 def jail(
-    request: pytest.FixtureRequest, server: RunningJupyter, client_home: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, client_home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Far]:  # fmt: skip
     """One whose files may be changed."""
-    with limited(request.param, server, client_home, tmp_path_factory) as made:
+    with limited(request.param, client_home, tmp_path_factory) as made:
         yield made
 
 
 @pytest.fixture(scope="module", params=STORES)
 def showcase(
-    request: pytest.FixtureRequest, server: RunningJupyter, client_home: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, client_home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Far]:  # fmt: skip
     """One whose files may only be looked at."""
-    with limited(request.param, server, client_home, tmp_path_factory, "--sftp-read-only") as made:
+    with limited(request.param, client_home, tmp_path_factory, "--sftp-read-only") as made:
         yield made
 
 

@@ -1,0 +1,249 @@
+"""What breaks in the middle of a transfer: nothing that looks whole may be left, on either side.
+
+Where a store is full, forbids, or has no such name, the client is told so in words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import io
+import json
+import os
+import signal
+import subprocess
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import paramiko
+import psutil
+import pytest
+
+from ..jupyters import start_jupyter
+from .conftest import PATIENCE, running, until
+from .filetrees import BULK, Far, far_on
+from .test_paramiko import transport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from .conftest import GatewayHost, Host
+
+LARGE = BULK * 7
+#: Kbit/s: the transfer takes some seconds if nothing ends it.
+SLOWLY = "-l40000"
+
+
+@pytest.fixture(scope="module", params=["agent", "contents"])
+def frail(
+    request: pytest.FixtureRequest, client_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Far]:
+    """A gateway whose kernel is killed, and in the end its Jupyter."""
+    server = start_jupyter("current")
+    directory = tmp_path_factory.mktemp("frail")
+    options = ["--files", request.param]
+    options += ["--authorized-keys", str(client_home / "key.pub")]
+    try:
+        with contextlib.suppress(_Ended), running(
+            f"frail-{request.param}", directory, client_home, server, *options
+        ) as made:
+            yield far_on(made, request.param, directory)
+            # There is no Jupyter any more in which nothing could be left.
+            raise _Ended
+    finally:
+        server.stop()
+
+
+class _Ended(Exception):
+    """Without a look at what is left."""
+
+
+@contextlib.contextmanager
+def transfer(far: Far, tmp_path: Path, way: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A slow put or get that is under way: the client and what it makes."""
+    local, remote = tmp_path / f"local-{way}", far.root / f"{tmp_path.name}-{way}"
+    source, target = (local, remote) if way == "put" else (remote, local)
+    source.write_bytes(LARGE)
+    named = f"{far.path}/{remote.name}"
+    command = f"put {local} {named}" if way == "put" else f"get {named} {local}"
+    process = subprocess.Popen(
+        ["sftp", "-F", str(far.host.config), SLOWLY, "-b", "-", far.host.name],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=far.host.environment,
+    )  # fmt: skip
+    try:
+        assert process.stdin is not None
+        process.stdin.write(command.encode() + b"\n")
+        process.stdin.close()
+        until(lambda: target.exists() and target.stat().st_size > 1_000_000, "it has begun")
+        yield process, target
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def is_begun(path: Path) -> bool:
+    """Whether a file is the beginning of what was sent, and not all of it."""
+    data = path.read_bytes()
+    return len(data) < len(LARGE) and LARGE.startswith(data)
+
+
+def kernels_of(far: Far) -> list[psutil.Process]:
+    """The processes that a Jupyter server has started."""
+    return psutil.Process(far.host.jupyter.pid).children(recursive=True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", ["put", "get"])
+def test_the_client_is_killed(far: Far, tmp_path: Path, way: str) -> None:
+    """What came is there and no more; the same file can be written anew."""
+    with transfer(far, tmp_path, way) as (process, target):
+        process.kill()
+        process.wait()
+    assert is_begun(target)
+    again = tmp_path / "again"
+    again.write_bytes(b"again")
+    name = f"{far.host.name}:{far.path}/{tmp_path.name}-{way}"
+    assert far.host.run(["scp", "-q", "-F", str(far.host.config), str(again), name]).status == 0
+    assert (far.root / f"{tmp_path.name}-{way}").read_bytes() == b"again"
+
+
+def stop_for_a_while(far: Far) -> None:
+    """Jupyter stands still, and goes on."""
+    pid = far.host.jupyter.pid  # type: ignore[attr-defined]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(["sleep", "1.5"], check=True, timeout=PATIENCE)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def restart_the_kernel(far: Far) -> None:
+    """As a notebook's button does."""
+    jupyter: Any = far.host.jupyter  # type: ignore[attr-defined]
+    headers = {"Authorization": f"token {jupyter.token}"}
+
+    def ask(method: str, path: str) -> bytes:
+        request = urllib.request.Request(f"{jupyter.url}{path}", method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return bytes(answer.read())
+
+    for kernel in json.loads(ask("GET", "api/kernels")):
+        ask("POST", f"api/kernels/{kernel['id']}/restart")
+
+
+def kill_the_kernel(far: Far) -> None:
+    """And all that it has started."""
+    for process in kernels_of(far):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def kill_jupyter(far: Far) -> None:
+    """And all that it has started."""
+    children = kernels_of(far)
+    os.kill(far.host.jupyter.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    for process in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    "fault", [stop_for_a_while, restart_the_kernel, kill_the_kernel, kill_jupyter]
+)
+def test_the_road_breaks(frail: Far, tmp_path: Path, fault: Callable[[Far], None]) -> None:
+    """Success means that all is there; otherwise there is an error, and a beginning at most."""
+    with transfer(frail, tmp_path, "put") as put, transfer(frail, tmp_path, "get") as get:
+        fault(frail)
+        for process, target in (put, get):
+            if fault is kill_jupyter and frail.store == "agent":
+                # It may come back, and is waited for: a minute, and then the client hears of it.
+                process.kill()
+            status = process.wait(PATIENCE)
+            assert target.read_bytes() == LARGE if status == 0 else is_begun(target)
+            if fault is kill_jupyter:
+                assert status != 0
+            if fault is stop_for_a_while:
+                assert status == 0
+    if fault is not kill_jupyter:
+        small = tmp_path / "small"
+        small.write_bytes(b"small")
+        words = ["scp", "-q", "-F", str(frail.host.config), str(small)]
+        words.append(f"{frail.host.name}:{frail.path}/small")
+        until(lambda: frail.host.run(words).status == 0, "files are served again")
+        assert (frail.root / "small").read_bytes() == b"small"
+
+
+# --- what a store refuses --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def client_of(host: Host) -> Iterator[paramiko.SFTPClient]:
+    """paramiko's, which gives the server's words."""
+    with transport(host) as line:
+        line.auth_publickey(getpass.getuser(), paramiko.Ed25519Key(filename=str(host.key)))
+        with paramiko.SFTPClient.from_transport(line) as client:  # type: ignore[union-attr]
+            yield client
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path, *options: str) -> Iterator[None]:
+    """A file system of one mebibyte."""
+    directory.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", ",".join(["size=1m", *options]), "tmpfs", directory]
+    subprocess.run(words, check=True, timeout=20)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True, timeout=20)
+
+
+def test_a_full_disk(far: Far, tmp_path: Path) -> None:
+    """An error by the end of the put, never a short file and success; then there is room."""
+    (tmp_path / "up").write_bytes(BULK)
+    with small_disk(far.root / "disk"):
+        scp = ["scp", "-q", "-F", str(far.host.config)]
+        to = f"{far.host.name}:{far.path}/disk"
+        ran = far.host.run([*scp, str(tmp_path / "up"), f"{to}/up"])
+        assert ran.status == 1
+        assert ran.err
+        if far.store != "sshd":
+            with client_of(far.host) as client:
+                with pytest.raises(OSError, match=r"(?i)space"):
+                    client.putfo(io.BytesIO(BULK), f"{far.path}/disk/other")
+        for name in os.listdir(far.root / "disk"):
+            (far.root / "disk" / name).unlink()
+        (tmp_path / "up").write_bytes(BULK[:500_000])
+        assert far.host.run([*scp, str(tmp_path / "up"), f"{to}/up"]).status == 0
+        assert (far.root / "disk/up").read_bytes() == BULK[:500_000]
+
+
+def test_a_read_only_disk(far: Far) -> None:
+    """Permission denied."""
+    with small_disk(far.root / "disk", "ro"), client_of(far.host) as client:
+        for change in (
+            lambda: client.open(f"{far.path}/disk/new", "w"),
+            lambda: client.mkdir(f"{far.path}/disk/new"),
+        ):
+            with pytest.raises(OSError, match=r"."):
+                change()
+
+
+def test_a_name_too_long(far: Far) -> None:
+    """No file, and the reason."""
+    with client_of(far.host) as client:
+        sentence = "." if far.store == "sshd" else "too long"
+        with pytest.raises(OSError, match=sentence):
+            client.open(f"{far.path}/{'n' * 256}", "w")
+        with client.open(f"{far.path}/{'n' * 255}", "w") as file:
+            file.write(b"x")
+    assert os.listdir(far.root) == ["n" * 255]
+
+
+def test_no_permission(gateway: GatewayHost) -> None:
+    """What even root may not."""
+    with client_of(gateway) as client, pytest.raises(PermissionError):
+        client.remove("/proc/version")
