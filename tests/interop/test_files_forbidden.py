@@ -44,7 +44,9 @@ def limited(
     given += ["--authorized-keys", str(client_home / "key.pub")]
     directory = factory.mktemp(store)
     try:
-        with running(f"{store}-jail", directory, client_home, server, *given) as made:
+        # A name of its own: the client's files are called after it.
+        name = f"{store}-showcase" if options else f"{store}-jail"
+        with running(name, directory, client_home, server, *given) as made:
             yield Far(made, store, base / "in", "/")
     finally:
         server.stop()
