@@ -42,7 +42,7 @@ def limited(
     root = str(base / "in") if store == "agent" else f"/{base.name}/in"
     given = ["--files", store, "--sftp-root", root, *options]
     given += ["--authorized-keys", str(client_home / "key.pub")]
-    directory = factory.mktemp(store)
+    directory = factory.mktemp(f"jail-{store}")
     try:
         # A name of its own: the client's files are called after it.
         name = f"{store}-showcase" if options else f"{store}-jail"
