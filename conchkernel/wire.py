@@ -168,10 +168,14 @@ class Stream:
         What waits on the road before a slow end is what a key on another stream waits behind: the
         cap is lower while somebody types, and grows with the round trip, which is never the queue.
         """
+        return max(CAP_FLOOR_BESIDE_KEYS if self.beside_keys else CAP_FLOOR, self._product)
+
+    @property
+    def beside_keys(self) -> bool:
+        """Whether somebody types on another stream."""
         endpoint = self._endpoint
         typing = endpoint.now - endpoint.typed_at < KEYS_SECONDS
-        beside = typing and endpoint.typed_on is not self
-        return max(CAP_FLOOR_BESIDE_KEYS if beside else CAP_FLOOR, self._product)
+        return typing and endpoint.typed_on is not self
 
     def write(self, data: Buffer, flags: int = 0) -> None:
         """Queue DATA; ``data`` is kept. The caller bounds the queue (see :attr:`queued`)."""

@@ -59,7 +59,6 @@ class Process:
         self._told_eof = False
         self._over = False
         self._terminal = parameters.get("pty") is not None
-        self._batch = TERMINAL_BATCH if self._terminal else BATCH
         self._input = -1
         self._outputs: dict[int, int] = {}  # fd -> flags of its DATA
         self._watched: set[int] = set()
@@ -135,6 +134,10 @@ class Process:
                     self._watched.discard(fd)
                     self._agent.unwatch_read(fd)
 
+    def _batch(self) -> int:
+        """How much to read at once: a terminal's flood in smaller pieces while somebody types."""
+        return TERMINAL_BATCH if self._terminal and self._stream.beside_keys else BATCH
+
     def _readable(self, fd: int) -> None:
         stream = self._stream
         room = stream.room
@@ -142,7 +145,7 @@ class Process:
             self._watch()
             return
         try:
-            data, ended = pump.drain(fd, min(room, self._batch), self._terminal)
+            data, ended = pump.drain(fd, min(room, self._batch()), self._terminal)
         except OSError:
             data, ended = b"", True
         if data:
