@@ -219,7 +219,7 @@ def test_records_may_be_cut_anywhere(converse, tmp_path):
     for index in range(len(record)):
         talk.stream.write(record[index : index + 1])
         talk.pump()
-    assert talk.answer() == (1, "", b"")
+    assert talk.answer()[:2] == (1, "")
     assert talk.answer() == (2, "", b"tent")
 
 
@@ -262,6 +262,32 @@ def test_a_handle_twice_is_a_violation(converse, tmp_path):
     talk.send(fw.OPENDIR, fw.HANDLE.pack(1), os.fsencode(tmp_path))
     talk.wait(lambda: talk.closed)
     assert "in use" in talk.reason
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "whole"),
+    [
+        (1, READ, True),
+        (fw.MAX_AHEAD, READ, True),
+        (0, READ, False),
+        (fw.MAX_AHEAD + 1, READ, False),
+        (1, READ | WRITE, False),
+    ],
+)
+def test_small_files_come_with_their_open(converse, tmp_path, size, flags, whole):
+    """Attributes and all bytes, of what is opened for reading alone; else the answer is empty."""
+    data = os.urandom(size)
+    (tmp_path / "file").write_bytes(data)
+    there = converse()
+    head = fw.OPEN_HEAD.pack(1, flags)
+    problem, body = there.ask(fw.OPEN, head, NOTHING, os.fsencode(tmp_path / "file"))
+    assert problem == ""
+    if whole:
+        assert fw.ATTRIBUTES.unpack_from(body)[1] == size
+        assert body[fw.ATTRIBUTES.size :] == data
+    else:
+        assert body == b""
+    assert there.read(1, 0, 100) == ("", data[:100])
 
 
 def test_unknown_operations_and_handles_are_answered(converse, tmp_path):

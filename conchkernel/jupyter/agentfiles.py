@@ -9,6 +9,7 @@ stream itself ends, everything under way fails with ``CONNECTION_LOST``.
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,19 @@ from conchkernel.files import (
     OpenFlag,
 )
 from conchkernel.interfaces import Exit, IStreamReceiver
+from conchkernel.jupyter.agentahead import AHEAD_SECONDS, MAX_FILES, Ahead
 from conchkernel.jupyter.agenthandles import AgentFile, AgentListing
 from conchkernel.jupyter.filecodec import Owners, filesystem, pack_attributes, take_name
 from conchkernel.remote import filewire as fw
 
 if TYPE_CHECKING:
-    from conchkernel.jupyter.link import KernelStream
+    from conchkernel.jupyter.link import KernelStream, Link
 
 _PROBLEMS = tuple(FileProblem[name] if name else None for name in fw.PROBLEMS)
 #: Data up to here goes with its request's head in one piece: a frame costs more than the copy.
 _JOINED = 64 * 1024
+#: A CLOSE that nobody waits for goes with the next request, or alone after so long.
+_CLOSE_SECONDS = 0.01
 
 
 class _Malformed(Exception):
@@ -48,6 +52,8 @@ class _Malformed(Exception):
 class AgentFileStore:
     """Files served by an agent.
 
+    :param clock: tells the time, and calls later.
+    :param link: whose stream it is.
     :ivar stream: the wire's stream, for those who must end it.
     :ivar ready: fires with this store when the agent has opened it; cancelling closes it.
     """
@@ -55,14 +61,19 @@ class AgentFileStore:
     home = b"/"
     features: frozenset[str] = frozenset()
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Any, link: Link) -> None:
         self.stream: KernelStream
+        self._clock = clock
+        self._link = link
         self.ready: Deferred[IFileStore] = Deferred(lambda _: self.stream.close())
         self._pending: dict[int, Request | None] = {}
         self._last_request = 0
         self._last_handle = 0
         self._pieces: list[memoryview] = []  # of an answer that is not whole
         self._missing = 0  # bytes until more can be said of it
+        self._unsent = b""  # requests that go with the next one
+        self._sendingSoon = False
+        self._aheads: deque[Ahead] = deque()
         self.owners = Owners()
         self._lost: Exception | None = None
         self._closing: list[Deferred[None]] = []
@@ -179,7 +190,10 @@ class AgentFileStore:
         length = fw.COUNTED + len(body) + len(data)
         if length > fw.MAX_RECORD:
             return fail(FileStoreError(FileProblem.NAME_TOO_LONG))
-        head = fw.HEAD.pack(length, number, operation)
+        if operation in fw.CHANGING:
+            self._link.stirred += 1
+        head = self._unsent + fw.HEAD.pack(length, number, operation)
+        self._unsent = b""
         if len(data) <= _JOINED:
             self.stream.write(b"".join((head, body, data)))
         else:
@@ -201,6 +215,33 @@ class AgentFileStore:
         """Close a handle whose end nobody asks for."""
         if self._lost is None:
             self.ask(fw.CLOSE, fw.HANDLE.pack(handle)).addErrback(lambda _: None)
+
+    def dropSoon(self, handle: int) -> None:
+        """The same, with the next request: one message less."""
+        if self._lost is not None:
+            return
+        number = self._last_request = (self._last_request + 1) & 0xFFFFFFFF
+        self._pending[number] = None
+        if not self._sendingSoon:
+            self._sendingSoon = True
+            self._clock.callLater(_CLOSE_SECONDS, self._sendUnsent)
+        self._unsent += fw.HEAD.pack(fw.COUNTED + fw.HANDLE.size, number, fw.CLOSE)
+        self._unsent += fw.HANDLE.pack(handle)
+
+    def _sendUnsent(self) -> None:
+        self._sendingSoon = False
+        unsent, self._unsent = self._unsent, b""
+        self.stream.write(unsent)
+
+    @property
+    def isOpen(self) -> bool:
+        """Whether anything can still be asked."""
+        return self._lost is None
+
+    def isFresh(self, ahead: Ahead) -> bool:
+        """Whether a file that came whole may still be told."""
+        fresh = ahead.isFresh(self._link.stirred, self._clock.seconds())
+        return fresh and self._lost is None
 
     def _answered(self, number: int, problem: int, body: memoryview) -> None:
         try:
@@ -230,8 +271,22 @@ class AgentFileStore:
     def open(self, path: bytes, flags: OpenFlag, attributes: Attributes) -> Deferred[IOpenFile]:
         """See :class:`IFileStore`."""
         handle = self._new_handle()
+        if flags & fw.OPEN_CHANGES:
+            self._link.stirred += 1
+        stirred, until = self._link.stirred, self._clock.seconds() + AHEAD_SECONDS
+
+        def decode(answer: memoryview) -> AgentFile:
+            ahead = None
+            if answer:
+                told = self.owners.attributes(answer)
+                ahead = Ahead(told, bytes(answer[fw.ATTRIBUTES.size :]), stirred, until)
+                if len(self._aheads) >= MAX_FILES:
+                    self._aheads.popleft().forget()
+                self._aheads.append(ahead)
+            return AgentFile(self, handle, not flags & fw.OPEN_CHANGES, ahead)
+
         body = fw.OPEN_HEAD.pack(handle, int(flags)) + pack_attributes(attributes) + path
-        return self.ask(fw.OPEN, body, lambda _: AgentFile(self, handle), handle=handle)
+        return self.ask(fw.OPEN, body, decode, handle=handle)
 
     def stat(self, path: bytes, *, follow: bool = True) -> Deferred[Attributes]:
         """See :class:`IFileStore`."""

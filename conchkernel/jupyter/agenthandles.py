@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -23,20 +23,40 @@ from conchkernel.jupyter.filecodec import filesystem, pack_attributes
 from conchkernel.remote import filewire as fw
 
 if TYPE_CHECKING:
+    from conchkernel.jupyter.agentahead import Ahead
     from conchkernel.jupyter.agentfiles import AgentFileStore
 
 
 @implementer(IOpenFile)
 class AgentFile:
-    """A file that the agent has open."""
+    """A file that the agent has open.
 
-    def __init__(self, store: AgentFileStore, handle: int) -> None:
+    :param readOnly: it was opened for reading alone.
+    :param ahead: all of it, if it came with the answer.
+    """
+
+    def __init__(
+        self, store: AgentFileStore, handle: int, readOnly: bool, ahead: Ahead | None
+    ) -> None:
         self.handle = handle
         self.store = store
         self._handle = fw.HANDLE.pack(handle)
+        self._readOnly = readOnly
+        self._ahead = ahead
 
-    def read(self, offset: int, length: int) -> Deferred[bytes]:
+    def _fresh(self) -> Ahead | None:
+        ahead = self._ahead
+        if ahead is not None and not self.store.isFresh(ahead):
+            ahead = self._ahead = None
+        return ahead
+
+    def read(self, offset: int, length: int) -> bytes | Deferred[bytes]:
         """See :class:`IOpenFile`."""
+        ahead = self._fresh()
+        if ahead is not None:
+            piece = ahead.read(offset, length)
+            if piece is not None:
+                return piece
         body = fw.READ_BODY.pack(self.handle, offset, min(length, fw.MAX_TRANSFER))
         return self.store.ask(fw.READ, body, bytes)
 
@@ -54,6 +74,11 @@ class AgentFile:
 
     def stat(self) -> Deferred[Attributes]:
         """See :class:`IOpenFile`."""
+        ahead = self._fresh()
+        if ahead is not None:
+            attributes = ahead.stat()
+            if attributes is not None:
+                return succeed(attributes)
         return self.store.ask(fw.FSTAT, self._handle, self.store.owners.attributes)
 
     def setAttributes(self, attributes: Attributes) -> Deferred[None]:
@@ -70,6 +95,11 @@ class AgentFile:
 
     def close(self) -> Deferred[None]:
         """See :class:`IOpenFile`."""
+        if self._readOnly and self.store.isOpen:
+            # Nothing can be lost by it any more: nobody need wait.
+            self._ahead = None
+            self.store.dropSoon(self.handle)
+            return succeed(None)
         return self.store.ask(fw.CLOSE, self._handle)
 
 

@@ -95,6 +95,9 @@ class _State(enum.Enum):
 class Link:
     """One session with an agent.
 
+    :ivar stirred: grows with whatever may have changed a file on the kernel's host, or may tell
+        somebody of such a change: what processes say, and what is asked of files.
+
     :param connect: makes a carrier that leads to the agent and tells this link.
     :param secret: what the agent must be told.
     :param defaults: added to each OPEN: ``shell`` and ``directory``, where given.
@@ -132,6 +135,7 @@ class Link:
         self._attempts = 0
         self._complained = False
         self._heard = 0.0
+        self.stirred = 0
         self._pings = 0
         self._newSession()
 
@@ -406,8 +410,8 @@ class Link:
             parameters["directory"] = os.fsencode(self._defaults["directory"]).decode("latin-1")
         if root is not None:
             parameters["root"] = root.decode("latin-1")
-        store = AgentFileStore()
-        stream = KernelStream(self, store)
+        store = AgentFileStore(self._reactor, self)
+        stream = FilesStream(self, store)
         store.began(stream)
         if self._state is _State.CLOSED:
             stream.lostSoon(LinkLost("the gateway is stopping"))
@@ -470,6 +474,9 @@ class KernelStream:
     :ivar wire: the wire's stream; ``None`` if it could not be opened.
     :ivar over: nothing more is told.
     """
+
+    #: By how much what is said here makes :attr:`Link.stirred` grow.
+    _stirs = 1
 
     def __init__(self, link: Link, receiver: Any) -> None:
         self.wire: wire.Stream | None = None
@@ -544,6 +551,7 @@ class KernelStream:
         """Output. The view is of a message of ours alone, so it may be kept."""
         if self.over:
             return
+        self._link.stirred += self._stirs
         if extended:
             self._receiver.streamExtendedData(data)
         else:
@@ -566,6 +574,7 @@ class KernelStream:
         """The process has ended."""
         if self.over:
             return
+        self._link.stirred += self._stirs
         if "signal" in info:
             self._receiver.streamExited(
                 ExitSignal(str(info["signal"])[:64], bool(info.get("core")))
@@ -590,3 +599,9 @@ class KernelStream:
     def lostSoon(self, reason: Exception | None) -> None:
         """The same, but not while our caller is still at work."""
         self._link._reactor.callLater(0, self.lost, reason)
+
+
+class FilesStream(KernelStream):
+    """A stream of files, whose store tells by itself when it stirs something."""
+
+    _stirs = 0

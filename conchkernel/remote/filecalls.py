@@ -44,6 +44,22 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
     return len(data)
 
 
+def all_of(fd: int, status: os.stat_result) -> bytes:
+    """The attributes and all the bytes of a small regular file, or nothing.
+
+    One more byte is asked for than there should be: a file that grows, or whose size is not what
+    can be read (in /proc), is read by those who ask for it.
+    """
+    size = status.st_size
+    if not 0 < size <= fw.MAX_AHEAD or not stat.S_ISREG(status.st_mode):
+        return b""
+    try:
+        data = os.pread(fd, size + 1, 0)
+    except OSError:
+        return b""  # whoever reads is told
+    return pack_status(status) + data if len(data) == size else b""
+
+
 def change(attributes: tuple[Any, ...], fd: int | None, place: Place | None) -> None:
     """Change what is given; all of it is tried, and the first error told.
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from conchkernel.remote import filewire as fw
 from conchkernel.remote.directory import Directory, account_name, group_name
 from conchkernel.remote.filecalls import (
+    all_of,
     change,
     copy_slice,
     copy_through,
@@ -30,11 +31,6 @@ from conchkernel.remote.paths import Host, Jail
 
 #: One slice of a copy: between two of them a stream that was closed stops.
 COPY_SLICE = 8 * 1024 * 1024
-_CHANGES = fw.OPEN_WRITE | fw.OPEN_APPEND | fw.OPEN_CREATE | fw.OPEN_TRUNCATE | fw.OPEN_EXCLUSIVE
-_CHANGING = frozenset((
-    fw.WRITE, fw.FSETSTAT, fw.SETSTAT, fw.LSETSTAT, fw.REMOVE, fw.MKDIR, fw.RMDIR, fw.RENAME,
-    fw.SYMLINK, fw.LINK, fw.COPY,
-))  # fmt: skip
 #: What may take long by itself; answers that are ready are not kept waiting for it.
 SLOW = frozenset((fw.FSYNC, fw.COPY, fw.CLOSE, fw.NAMES, fw.HOME))
 
@@ -118,7 +114,7 @@ class Operations:
             function = self._table.get(operation)
             if function is None:
                 return problem(request, fw.UNSUPPORTED, "the agent does not know this operation")
-            if self._read_only and operation in _CHANGING:
+            if self._read_only and operation in fw.CHANGING:
                 return problem(request, fw.READ_ONLY, "files may only be read here")
             result = function(body)
         except OSError as error:
@@ -161,7 +157,7 @@ class Operations:
         handle, wanted = _unpack(fw.OPEN_HEAD, body)
         attributes, path = _attributes(body[fw.OPEN_HEAD.size :])
         self._reserve(handle)
-        if self._read_only and wanted & _CHANGES:
+        if self._read_only and wanted & fw.OPEN_CHANGES:
             raise OSError(errno.EROFS, "files may only be read here")
         # A FIFO or a terminal must not hold up the files behind it.
         flags = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -177,13 +173,14 @@ class Operations:
         with self._paths.at(path, not wanted & fw.OPEN_EXCLUSIVE) as place:
             fd = place.open(flags, mode)
         try:
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
                 raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         except BaseException:
             os.close(fd)
             raise
         self._handles[handle] = _File(fd, bool(wanted & fw.OPEN_APPEND))
-        return b""
+        return b"" if wanted & fw.OPEN_CHANGES else all_of(fd, status)
 
     def _close(self, body: memoryview) -> bytes:
         (handle,) = _unpack(fw.HANDLE, body)

@@ -22,6 +22,11 @@ COUNTED = HEAD.size - 4
     NAMES, HOME, COPY,
 ) = range(1, 27)  # fmt: skip
 
+#: What changes something that others see, besides an OPEN for it.
+CHANGING = frozenset((
+    WRITE, FSETSTAT, SETSTAT, LSETSTAT, REMOVE, MKDIR, RMDIR, RENAME, SYMLINK, LINK, COPY,
+))  # fmt: skip
+
 # Bodies, as far as they have a fixed size.
 HANDLE = struct.Struct(">I")
 OPEN_HEAD = struct.Struct(">II")  # handle, flags; then attributes and the path
@@ -46,12 +51,16 @@ FILESYSTEM = struct.Struct(">11Q")
 OPEN_READ, OPEN_WRITE, OPEN_APPEND, OPEN_CREATE, OPEN_TRUNCATE, OPEN_EXCLUSIVE = (
     1, 2, 4, 8, 16, 32,
 )  # fmt: skip
+#: An OPEN with any of these may change something.
+OPEN_CHANGES = OPEN_WRITE | OPEN_APPEND | OPEN_CREATE | OPEN_TRUNCATE | OPEN_EXCLUSIVE
 
 # Bounds.
 #: Bytes of one READ or WRITE; with every header it fits one message of the wire.
 MAX_TRANSFER = 255 * 1024
 #: A record without its length: the longest is a RENAME of two paths, or a WRITE.
 MAX_RECORD = 256 * 1024
+#: A file up to here comes whole with the answer to its OPEN for reading.
+MAX_AHEAD = 32 * 1024
 #: A path; Linux takes 4095. Longer ones are told so by the system, not cut.
 MAX_PATH = 65535
 MAX_HANDLES = 256

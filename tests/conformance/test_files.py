@@ -18,7 +18,13 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
-from twisted.internet.defer import CancelledError, Deferred, DeferredList, gatherResults
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    DeferredList,
+    gatherResults,
+    maybeDeferred,
+)
 from zope.interface.verify import verifyObject
 
 from conchkernel.files import (
@@ -75,7 +81,7 @@ class Place:
         """The content of a file."""
         file = await self.store.open(self.path(name), READ, NOTHING)
         data = b""
-        while piece := await file.read(len(data), 200_000):
+        while piece := await read(file, len(data), 200_000):
             data += piece
         await file.close()
         return data
@@ -92,6 +98,11 @@ class Place:
         assert not await listing.next()
         await listing.close()
         return [entry for entry in found if entry.name not in (b".", b"..")]
+
+
+async def read(file, offset, length):
+    """What a file gives, at once or later."""
+    return await maybeDeferred(file.read, offset, length)
 
 
 @contextmanager
@@ -156,10 +167,10 @@ async def test_one_large_write_and_one_large_read(place):
     data = os.urandom(3 * MIB)
     file = await place.store.open(place.path(b"file"), NEW | READ, NOTHING)
     await file.write(0, data)
-    assert data.startswith(await file.read(0, len(data)) or b"nothing")
-    assert await file.read(len(data), 10) == b""
-    assert await file.read(len(data) + 10**9, 10) == b""
-    assert await file.read(len(data) - 3, 10) == data[-3:]
+    assert data.startswith(await read(file, 0, len(data)) or b"nothing")
+    assert await read(file, len(data), 10) == b""
+    assert await read(file, len(data) + 10**9, 10) == b""
+    assert await read(file, len(data) - 3, 10) == data[-3:]
     await file.close()
     assert (place.host / "file").read_bytes() == data
 
@@ -220,14 +231,14 @@ async def test_reading_what_is_open_for_writing_only(place):
     await place.put(b"file", b"content")
     file = await place.store.open(place.path(b"file"), WRITE, NOTHING)
     with problem(FileProblem.PERMISSION, FileProblem.INVALID):
-        await file.read(0, 10)
+        await read(file, 0, 10)
     await file.close()
     file = await place.store.open(place.path(b"file"), READ, NOTHING)
     with problem(FileProblem.PERMISSION, FileProblem.INVALID):
         await file.write(0, b"x")
     await file.close()
     with problem(*FileProblem):
-        await file.read(0, 10)
+        await read(file, 0, 10)
 
 
 @pytest_twisted.ensureDeferred
@@ -236,10 +247,10 @@ async def test_large_offsets_and_holes(place):
     offset = 5 * 2**30 + 7
     file = await place.store.open(place.path(b"sparse"), NEW | READ, NOTHING)
     await file.write(offset, b"far")
-    assert await file.read(offset - 4, 100) == b"\0\0\0\0far"
+    assert await read(file, offset - 4, 100) == b"\0\0\0\0far"
     assert (await file.stat()).size == offset + 3
     with problem(*FileProblem):
-        await file.read(2**64 - 1, 10)
+        await read(file, 2**64 - 1, 10)
     with problem(*FileProblem):
         await file.write(2**63, b"x")
     await file.close()
@@ -525,10 +536,83 @@ async def test_an_open_file_outlives_its_name(place):
     await place.store.rename(place.path(b"file"), place.path(b"other"), overwrite=True)
     await place.store.remove(place.path(b"other"))
     await file.write(7, b" and more")
-    assert await file.read(0, 100) == b"content and more"
+    assert await read(file, 0, 100) == b"content and more"
     assert (await file.stat()).links == 0
     await file.close()
     assert await place.names() == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_small_file_comes_with_its_open(place):
+    """Read once from its beginning it is there at once; then its bytes are those of the moment."""
+    await place.put(b"file", b"content")
+    file = await place.store.open(place.path(b"file"), READ, NOTHING)
+    told = await file.stat()
+    assert (told.size, stat.S_ISREG(told.mode)) == (7, True)
+    assert file.read(0, 4) == b"cont"
+    assert file.read(4, 100) == b"ent"
+    assert file.read(7, 100) == b""
+    (place.host / "file").write_bytes(b"other and longer")
+    assert (await file.stat()).size == 16
+    assert await file.read(7, 100) == b"nd longer"
+    assert await file.read(0, 100) == b"other and longer"
+    await file.close()
+    with problem(FileProblem.INVALID):
+        await file.read(0, 1)
+
+
+@pytest.mark.parametrize("way", ["written", "set", "by-another", "by-a-process"])
+@pytest_twisted.ensureDeferred
+async def test_what_came_with_an_open_is_not_told_after_a_change(place, way):
+    """Whoever has changed the file by this gateway, in whatever way, reads what is in it."""
+    store, path = place.store, await place.put(b"file", b"content")
+    writer = await store.open(path, WRITE, NOTHING)
+    other = await place.link.openFiles(None, False)
+    file = await store.open(path, READ, NOTHING)
+    if way == "written":
+        changed = writer.write(0, b"C")
+    elif way == "set":
+        changed = store.setAttributes(path, Attributes(size=3))
+    elif way == "by-another":
+        changed = Deferred.fromCoroutine(_emptied(other, path))
+    else:
+        collector = Collector()
+        command = b"echo else >" + path + b"; echo done"
+        collector.start(place.link, ProcessRequest(command=command))
+        changed = collector.untilOutput(b"done")
+    await changed
+    expected = {"written": b"Content", "set": b"con", "by-another": b"", "by-a-process": b"else\n"}
+    assert (await file.stat()).size == len(expected[way])
+    assert await read(file, 0, 100) == expected[way]
+    for opened in (file, writer, other):
+        await opened.close()
+
+
+async def _emptied(store, path):
+    await (await store.open(path, NEW, NOTHING)).close()
+
+
+@pytest.mark.parametrize("path", [b"/proc/version", b"/sys/kernel/mm/transparent_hugepage/enabled"])
+@pytest_twisted.ensureDeferred
+async def test_files_whose_size_is_not_what_can_be_read(place, path):
+    """What the system makes up as it is read comes whole."""
+    file = await place.store.open(path, READ, NOTHING)
+    with open(path, "rb") as here:
+        assert await read(file, 0, 10_000) == here.read()
+    await file.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_closing_what_was_read_is_not_waited_for_and_done(place):
+    """More files than a stream may have open, one after another, each closed without waiting."""
+    path = await place.put(b"file", b"content")
+    agent = await agent_of(place.link)
+    for _ in range(300):
+        file = await place.store.open(path, READ, NOTHING)
+        assert file.close().called
+    await place.store.stat(path)
+    opened = [os.readlink(f"/proc/{agent}/fd/{fd}") for fd in os.listdir(f"/proc/{agent}/fd")]
+    assert os.fsdecode(path) not in opened
 
 
 @pytest_twisted.ensureDeferred
@@ -584,7 +668,7 @@ async def test_many_files_at_once(place):
         await gatherResults(
             [file.write(turn * 10, b"%10d" % (n * turn)) for n, file in enumerate(files)]
         )
-    contents = await gatherResults([file.read(0, 1000) for file in files])
+    contents = await gatherResults([maybeDeferred(file.read, 0, 1000) for file in files])
     await gatherResults([file.close() for file in files])
     for n, content in enumerate(contents):
         assert content == b"".join(b"%10d" % (n * turn) for turn in range(5))
@@ -677,10 +761,11 @@ async def test_cancelling(place):
             request.cancel()
             await request
     file = await place.store.open(place.path(b"file"), READ, NOTHING)
+    assert await read(file, 3, 100) == b"tent"
     given_up = file.read(0, 100)
     given_up.addErrback(lambda failure: failure.trap(CancelledError))
     given_up.cancel()
-    assert await file.read(0, 100) == b"content"
+    assert await read(file, 0, 100) == b"content"
     listing = await place.store.listDirectory(place.base)
     given_up = listing.next()
     given_up.addErrback(lambda failure: failure.trap(CancelledError))
@@ -736,7 +821,7 @@ async def test_jailed_and_read_only(place):
     try:
         assert store.home == b"/"
         file = await store.open(b"/file", READ, NOTHING)
-        assert await file.read(0, 100) == b"inside"
+        assert await read(file, 0, 100) == b"inside"
         with problem(FileProblem.READ_ONLY):
             await store.open(b"/file", WRITE, NOTHING)
         with problem(FileProblem.NOT_FOUND):
