@@ -22,6 +22,8 @@ from zope.interface import Interface, implementer
 
 from conchkernel.errors import JupyterError
 from conchkernel.ssh.channel import ChannelRefused, GatewayChannel, printable
+from conchkernel.ssh.forwarding import Forwarding
+from conchkernel.ssh.permissions import Permissions
 from conchkernel.ssh.sessions import ACCEPT_ENV, SessionChannel, Subsystem
 from conchkernel.ssh.sftp_server import ServedFiles
 
@@ -34,12 +36,12 @@ if TYPE_CHECKING:
     from conchkernel.interfaces import IBackend, IKernelLink
 
 _REFUSED = {
-    b"direct-tcpip": "TCP forwarding is not available on this gateway",
-    b"direct-streamlocal@openssh.com": "socket forwarding is not available on this gateway",
     b"tun@openssh.com": "tunnel devices are not available on this gateway",
     b"x11": "X11 forwarding is not available on this gateway",
     b"auth-agent@openssh.com": "agent forwarding is not available on this gateway",
 }
+
+DEFAULT_PERMISSIONS = Permissions()
 
 
 class KernelAvatar(ConchUser):
@@ -48,6 +50,7 @@ class KernelAvatar(ConchUser):
     :param backend: where the kernel comes from.
     :param user: whose kernel it is.
     :param acceptEnv: patterns of the variables a client may set.
+    :param permissions: what else it may ask for.
     """
 
     _log = Logger()
@@ -55,14 +58,23 @@ class KernelAvatar(ConchUser):
     _conn: Any = None
 
     def __init__(
-        self, backend: IBackend, user: str, acceptEnv: Iterable[str] = ACCEPT_ENV
+        self,
+        backend: IBackend,
+        user: str,
+        acceptEnv: Iterable[str] = ACCEPT_ENV,
+        permissions: Permissions = DEFAULT_PERMISSIONS,
     ) -> None:
         super().__init__()
         self.user = user
         self.acceptEnv = tuple(acceptEnv)
-        self.channelLookup: dict[bytes, Callable[..., Any]] = {b"session": SessionChannel}
+        self.permissions = permissions
+        self.forwarding = Forwarding(self)
+        self.channelLookup: dict[bytes, Callable[..., Any]] = {
+            b"session": SessionChannel,
+            **self.forwarding.channels,
+        }
         self.subsystemLookup: dict[bytes, Callable[[SessionChannel], Subsystem]] = {}  # type: ignore[assignment]
-        self.globalRequestLookup: dict[bytes, Callable[[bytes], Any]] = {}
+        self.globalRequestLookup: dict[bytes, Callable[[bytes], Any]] = self.forwarding.requests
         self._backend = backend
         self._link: IKernelLink | None = None
         self._lost: list[IKernelLink] = []
@@ -106,6 +118,7 @@ class KernelAvatar(ConchUser):
     def logout(self) -> None:
         """The connection is gone. Idempotent."""
         self._loggedOut = True
+        self.forwarding.stop()
         links, self._lost = self._lost, []
         if self._link is not None:
             links.append(self._link)
@@ -145,6 +158,10 @@ class KernelAvatar(ConchUser):
             self._waiting.remove(waiting)
 
     # --- what a client may ask for -----------------------------------------------------------
+
+    def narrow(self, permissions: Permissions) -> None:
+        """Take back what ``permissions`` do not allow, for as long as the connection lives."""
+        self.permissions = self.permissions.narrowed(permissions)
 
     def serveFiles(self, files: Callable[[KernelAvatar], Deferred[IFileStore]]) -> None:
         """Have the ``sftp`` subsystem; ``files`` gives each of its sessions a store."""
@@ -190,6 +207,8 @@ class KernelRealm:
     :param kernelPer: whether the connections of a user share a kernel.
     :param files: gives each SFTP session a store of its own, which is closed with it; without
         this there is no SFTP.
+    :param permissions: what everybody may ask for. A checker takes more back from one login by an
+        avatar's id that has ``permissions``, too: :class:`~conchkernel.ssh.checkers.LimitedId`.
     """
 
     def __init__(
@@ -199,8 +218,10 @@ class KernelRealm:
         acceptEnv: Iterable[str] = ACCEPT_ENV,
         kernelPer: Literal["user", "connection"] = "user",
         files: Callable[[KernelAvatar], Deferred[IFileStore]] | None = None,
+        permissions: Permissions = DEFAULT_PERMISSIONS,
     ) -> None:
         self._backend = backend
+        self._permissions = permissions
         self._acceptEnv = tuple(acceptEnv)
         self._kernelPer = kernelPer
         self._files = files
@@ -215,7 +236,10 @@ class KernelRealm:
         user = _userName(avatarId)
         if self._kernelPer == "connection":
             user = f"{user}#{next(self._numbers)}"
-        avatar = KernelAvatar(self._backend, user, self._acceptEnv)
+        avatar = KernelAvatar(self._backend, user, self._acceptEnv, self._permissions)
+        limits = getattr(avatarId, "permissions", None)
+        if limits is not None:
+            avatar.narrow(limits)
         if self._files is not None:
             avatar.serveFiles(self._files)
         return IConchUser, avatar, avatar.logout

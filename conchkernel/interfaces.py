@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zope.interface import Interface
+from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +60,44 @@ class ProcessRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TCPAddress:
+    """A TCP port as the kernel's host sees it."""
+
+    host: str
+    """A name, resolved over there, or an address. To listen: empty for every address there is."""
+    port: int
+    """1 to 65535; to listen, 0 takes a free one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SocketPath:
+    """A Unix socket on the kernel's host."""
+
+    path: bytes
+    """Absolute."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateSocket:
+    """A Unix socket at a path of the far side's own choice, in a directory that only the account
+    there can enter. Both go when nobody listens any more."""
+
+    name: str
+    """What the file's name begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """Somebody has connected to a :class:`IListener` and waits."""
+
+    number: int
+    """The listener's own."""
+    host: str = ""
+    """The address it comes from; empty for a Unix socket."""
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ExitStatus:
     """The process ended by itself (RFC 4254 section 6.10)."""
 
@@ -85,10 +123,14 @@ class IStreamReceiver(Interface):
 
     ``streamOpened``, any data and ``streamConsumed``, ``streamEOF``, ``streamExited``,
     ``streamClosed``. Nothing comes after ``streamClosed``. A receiver must not raise.
+
+    What is said of a process holds for a connection too, which is one process's stdin and stdout
+    in all but name; it has no stderr and no exit.
     """
 
     def streamOpened(info: Mapping[str, object]) -> None:
-        """The process runs. ``info`` has what the agent tells of it, ``pid`` among it."""
+        """The process runs, the connection stands. ``info`` has what the agent tells of it, the
+        ``pid`` of a process among it."""
 
     def streamData(data: bytes | memoryview) -> None:
         """Bytes of stdout (of the terminal, if there is one); never beyond the granted limit.
@@ -117,7 +159,7 @@ class IStreamReceiver(Interface):
 
 
 class IStream(Interface):
-    """One process on the kernel's host, seen from the gateway."""
+    """One process or connection on the kernel's host, seen from the gateway."""
 
     def write(data: bytes) -> None:
         """Give bytes to the process's stdin or terminal. ``data`` is kept, not copied."""
@@ -152,11 +194,55 @@ class IStream(Interface):
         """
 
 
+class IListenerReceiver(Interface):
+    """Whoever listens on the kernel's host. A receiver must not raise."""
+
+    def connectionAccepted(incoming: Incoming) -> None:
+        """Somebody connected. It waits for :meth:`IListener.accept` or :meth:`IListener.refuse`;
+        while many wait, others are not taken from the system's own queue."""
+
+    def listenerLost(reason: Exception) -> None:
+        """Nobody listens any more, and not because of :meth:`IListener.close`. The last call."""
+
+
+class IListener(Interface):
+    """An address on the kernel's host at which somebody listens."""
+
+    port: int = Attribute("The TCP port; 0 for a Unix socket.")
+    path: bytes = Attribute("The Unix socket; empty for a TCP port.")
+
+    def accept(incoming: Incoming, receiver: IStreamReceiver) -> IStream:
+        """Have the connection. It may be gone already: that comes as ``streamClosed``."""
+
+    def refuse(incoming: Incoming) -> None:
+        """Close the connection."""
+
+    def close() -> None:
+        """Listen no more; connections that wait are closed, others live on. Idempotent."""
+
+
 class IKernelLink(Interface):
     """One use of the road to a kernel's host."""
 
     def openProcess(request: ProcessRequest, receiver: IStreamReceiver) -> IStream:
         """Start a process. Bytes may be written at once; a refusal comes as ``streamClosed``."""
+
+    def openConnection(address: TCPAddress | SocketPath, receiver: IStreamReceiver) -> IStream:
+        """Connect to an address of the kernel's host, or one that can be reached from it.
+
+        ``streamOpened`` is called when the connection stands. One that cannot be made comes as
+        ``streamClosed`` with a :class:`~conchkernel.errors.StreamRefused` that says why.
+        """
+
+    def listen(
+        address: TCPAddress | SocketPath | PrivateSocket, receiver: IListenerReceiver
+    ) -> Deferred[IListener]:
+        """Listen at an address of the kernel's host.
+
+        :returns: a Deferred :class:`IListener`, to be closed by its user. Cancellable.
+        :raises conchkernel.errors.StreamRefused: (as failure) where that cannot be.
+        :raises conchkernel.errors.LinkLost: (as failure) when the road was cut.
+        """
 
     def openFiles(root: bytes | None, readOnly: bool) -> Deferred[IFileStore]:
         """Files on the kernel's host.
@@ -170,7 +256,7 @@ class IKernelLink(Interface):
         """
 
     def release() -> None:
-        """This use is over; its remaining streams and stores close. Idempotent."""
+        """This use is over; its remaining streams, listeners and stores close. Idempotent."""
 
 
 class IBackend(Interface):

@@ -29,10 +29,10 @@ from zope.interface import implementer
 from conchkernel import wire
 from conchkernel.allocator import ENVIRONMENT
 from conchkernel.errors import JupyterUnreachable, LinkLost
-from conchkernel.files import IFileStore
-from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
+from conchkernel.interfaces import IBackend, IKernelLink
 from conchkernel.jupyter import injection
-from conchkernel.jupyter.link import CarrierUser, KernelStream, Link
+from conchkernel.jupyter.link import CarrierUser, Link
+from conchkernel.jupyter.uses import LinkUse
 
 _LENGTH = struct.Struct(">I")
 _BOOT = "import json,sys;g=json.loads(sys.stdin.buffer.read());exec(g.pop('boot'),{'given':g})"
@@ -124,35 +124,6 @@ class SocketCarrier(Protocol):
         """The socket is gone; connectionLost says so."""
 
 
-@implementer(IKernelLink)
-class _Use:
-    """One use of a shared link."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._streams: list[KernelStream] = []
-
-    def openProcess(self, request: ProcessRequest, receiver: Any) -> KernelStream:
-        """See :class:`IKernelLink`."""
-        stream = self._link.openProcess(request, receiver)
-        self._streams = [stream for stream in self._streams if not stream.over]
-        self._streams.append(stream)
-        return stream
-
-    def openFiles(self, root: bytes | None, readOnly: bool) -> Deferred[IFileStore]:
-        """See :class:`IKernelLink`."""
-        store = self._link.openFiles(root, readOnly)
-        self._streams = [stream for stream in self._streams if not stream.over]
-        self._streams.append(store.stream)
-        return store.ready
-
-    def release(self) -> None:
-        """See :class:`IKernelLink`."""
-        streams, self._streams = self._streams, []
-        for stream in streams:
-            stream.close()
-
-
 @implementer(IBackend)
 class LoopbackBackend:
     """One agent on this host, shared by every user.
@@ -236,7 +207,7 @@ class LoopbackBackend:
     def connect(self, user: str) -> Deferred[IKernelLink]:
         """See :class:`IBackend`."""
         use: Deferred[IKernelLink] = Deferred()
-        use.callback(_Use(self.link))
+        use.callback(LinkUse(self.link))
         return use
 
 

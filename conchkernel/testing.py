@@ -25,9 +25,14 @@ from conchkernel.interfaces import (
     ExitStatus,
     IBackend,
     IKernelLink,
+    IListener,
+    Incoming,
     IStream,
     IStreamReceiver,
+    PrivateSocket,
     ProcessRequest,
+    SocketPath,
+    TCPAddress,
     WindowSize,
 )
 from conchkernel.ssh.connection import GatewayConnection
@@ -45,14 +50,15 @@ SUCCESS = ExitStatus(0)
 
 @implementer(IStream)
 class MemoryStream:
-    """A process that does what a test tells it.
+    """A process, or a connection, that does what a test tells it.
 
+    :ivar request: what was asked for: a process, an address, or a connection that was accepted.
     :ivar received: input that was taken.
     :ivar waiting: input that was written and not taken yet.
     :ivar calls: everything else that was asked of the stream, in order.
     """
 
-    def __init__(self, request: ProcessRequest, receiver: IStreamReceiver) -> None:
+    def __init__(self, request: Any, receiver: IStreamReceiver) -> None:
         self.request = request
         self.receiver = receiver
         #: Called as input is written; a script may set it to answer.
@@ -212,21 +218,79 @@ class MemoryStream:
         return True
 
 
+@implementer(IListener)
+class MemoryListener:
+    """An address to which a test connects.
+
+    :ivar address: what was asked for.
+    :ivar refused: who was turned away.
+    """
+
+    def __init__(self, link: MemoryLink, address: Any, receiver: Any) -> None:
+        self.address = address
+        self.port = (getattr(address, "port", 0) or 49152) if hasattr(address, "port") else 0
+        name = getattr(address, "name", None)
+        self.path = b"/private/" + name.encode() if name else getattr(address, "path", b"")
+        self.receiver = receiver
+        self.refused: list[Incoming] = []
+        self.closed = False
+        self._link = link
+        self._number = 0
+
+    def connect(self, host: str = "", port: int = 0) -> Incoming:
+        """Somebody connects."""
+        self._number += 1
+        incoming = Incoming(self._number, host, port)
+        self.receiver.connectionAccepted(incoming)
+        return incoming
+
+    def accept(self, incoming: Incoming, receiver: IStreamReceiver) -> IStream:
+        return self._link.begin(incoming, receiver)
+
+    def refuse(self, incoming: Incoming) -> None:
+        self.refused.append(incoming)
+
+    def close(self) -> None:
+        self.closed = True
+
+
 @implementer(IKernelLink)
 class MemoryLink:
-    """A link whose processes are :class:`MemoryStream`.
+    """A link whose processes and connections are :class:`MemoryStream`.
 
     :param program: called with each stream that is opened, to script it.
+    :ivar listeners: who listens, or did.
+    :ivar refusal: why nobody may listen, if set.
     :ivar files: the store that whoever asks for files gets; ``None`` to refuse.
     """
 
     def __init__(self, program: Callable[[MemoryStream], None] | None = None) -> None:
         self.streams: list[MemoryStream] = []
+        self.listeners: list[MemoryListener] = []
+        self.refusal: Exception | None = None
         self.files: IFileStore | None = None
         self.released = False
         self._program = program
 
     def openProcess(self, request: ProcessRequest, receiver: IStreamReceiver) -> IStream:
+        return self.begin(request, receiver)
+
+    def openConnection(
+        self, address: TCPAddress | SocketPath, receiver: IStreamReceiver
+    ) -> IStream:
+        return self.begin(address, receiver)
+
+    def listen(
+        self, address: TCPAddress | SocketPath | PrivateSocket, receiver: Any
+    ) -> Deferred[IListener]:
+        if self.refusal is not None:
+            return fail(self.refusal)
+        listener = MemoryListener(self, address, receiver)
+        self.listeners.append(listener)
+        return succeed(listener)
+
+    def begin(self, request: Any, receiver: IStreamReceiver) -> IStream:
+        """Open a stream for whatever was asked for."""
         stream = MemoryStream(request, receiver)
         self.streams.append(stream)
         if self._program is not None:
@@ -244,6 +308,8 @@ class MemoryLink:
             self.released = True
             for stream in self.streams:
                 stream.close()
+            for listener in self.listeners:
+                listener.close()
 
 
 @implementer(IBackend)

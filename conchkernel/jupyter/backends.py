@@ -28,12 +28,13 @@ from conchkernel.errors import (
     LinkLost,
 )
 from conchkernel.files import IFileStore
-from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
+from conchkernel.interfaces import IBackend, IKernelLink
 from conchkernel.jupyter.contents import ContentsFileStore
 from conchkernel.jupyter.kernel import KernelRoad
-from conchkernel.jupyter.link import KernelStream, Link
+from conchkernel.jupyter.link import Link
 from conchkernel.jupyter.proxy import RoadAgent, make_agent
 from conchkernel.jupyter.rest import JupyterClient, discover
+from conchkernel.jupyter.uses import LinkUse
 
 _IDENTITY = "identity"
 _IDENTITY_BYTES = 32
@@ -72,39 +73,6 @@ def identity(stateDir: Path) -> bytes:
     return key
 
 
-@implementer(IKernelLink)
-class KernelUse:
-    """One connection's use of a user's kernel."""
-
-    def __init__(self, kernel: UserKernel) -> None:
-        self._kernel = kernel
-        self._streams: set[KernelStream] = set()
-        self._released = False
-
-    def openProcess(self, request: ProcessRequest, receiver: Any) -> KernelStream:
-        """See :class:`IKernelLink`."""
-        stream = self._kernel.link.openProcess(request, receiver)
-        self._streams = {other for other in self._streams if not other.over}
-        self._streams.add(stream)
-        return stream
-
-    def openFiles(self, root: bytes | None, readOnly: bool) -> Deferred[IFileStore]:
-        """See :class:`IKernelLink`."""
-        store = self._kernel.link.openFiles(root, readOnly)
-        self._streams = {other for other in self._streams if not other.over}
-        self._streams.add(store.stream)
-        return store.ready
-
-    def release(self) -> None:
-        """See :class:`IKernelLink`."""
-        if not self._released:
-            self._released = True
-            for stream in self._streams:
-                stream.close()
-            self._streams.clear()
-            self._kernel.released()
-
-
 class UserKernel:
     """The kernel of one user: its road, its link, how many use it."""
 
@@ -126,7 +94,7 @@ class UserKernel:
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
-        use = KernelUse(self)
+        use = LinkUse(self.link, self.released)
         ready: Deferred[None] = self.ready()
         ready.addErrback(self._unused)
         return ready.addCallback(lambda _: use)

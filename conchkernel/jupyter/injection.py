@@ -23,6 +23,11 @@ _RELAY = "_conchkernel_relay"
 #: The agent's modules, in an order in which each finds what it imports.
 _AGENT_MODULES = (
     ("conchkernel.wire", "conchkernel", "wire.py"),
+    ("conchkernel.remote.service", "conchkernel.remote", "service.py"),
+    ("conchkernel.remote.pool", "conchkernel.remote", "pool.py"),
+    ("conchkernel.remote.addresses", "conchkernel.remote", "addresses.py"),
+    ("conchkernel.remote.connection", "conchkernel.remote", "connection.py"),
+    ("conchkernel.remote.listening", "conchkernel.remote", "listening.py"),
     ("conchkernel.remote.ttymodes", "conchkernel.remote", "ttymodes.py"),
     ("conchkernel.remote.pump", "conchkernel.remote", "pump.py"),
     ("conchkernel.remote.process", "conchkernel.remote", "process.py"),

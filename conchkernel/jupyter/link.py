@@ -14,7 +14,7 @@ import os
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.logger import Logger
@@ -36,6 +36,7 @@ from conchkernel.interfaces import (
     ProcessRequest,
     WindowSize,
 )
+from conchkernel.jupyter import openings
 from conchkernel.jupyter.agentfiles import AgentFileStore
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ class CarrierUser(Protocol):
 
 
 Connect = Callable[[CarrierUser], Awaitable[Carrier]]
+
+
+_Stream = TypeVar("_Stream", bound="KernelStream")
 
 
 class _State(enum.Enum):
@@ -367,23 +371,15 @@ class Link:
 
     # --- for the SSH side --------------------------------------------------------------------
 
-    def openProcess(self, request: ProcessRequest, receiver: Any) -> KernelStream:
-        """See :meth:`conchkernel.interfaces.IKernelLink.openProcess`."""
-        parameters: dict[str, Any] = {"kind": "process", **self._defaults}
-        if request.command is not None:
-            parameters["command"] = request.command.decode("latin-1")
-        parameters["environment"] = [
-            [name.decode("latin-1"), value.decode("latin-1")]
-            for name, value in request.environment
-        ]
-        if request.pty is not None:
-            size = request.pty.size
-            parameters["pty"] = {
-                "term": request.pty.term.decode("latin-1"),
-                "size": [size.columns, size.rows, size.width_pixels, size.height_pixels],
-                "modes": [list(mode) for mode in request.pty.modes],
-            }
-        stream = KernelStream(self, receiver)
+    def open(self, parameters: dict[str, Any], receiver: Any) -> KernelStream:
+        """Open a stream.
+
+        :param parameters: what its OPEN says.
+        :param receiver: its :class:`~conchkernel.interfaces.IStreamReceiver`.
+        """
+        return self._begin(KernelStream(self, receiver), parameters)
+
+    def _begin(self, stream: _Stream, parameters: dict[str, Any]) -> _Stream:
         if self._state is _State.CLOSED:
             stream.lostSoon(LinkLost("the gateway is stopping"))
             return stream
@@ -400,6 +396,10 @@ class Link:
             self.wake()
         return stream
 
+    def openProcess(self, request: ProcessRequest, receiver: Any) -> KernelStream:
+        """See :meth:`conchkernel.interfaces.IKernelLink.openProcess`."""
+        return self.open({**openings.process(request), **self._defaults}, receiver)
+
     def openFiles(self, root: bytes | None, readOnly: bool) -> AgentFileStore:
         """Files on the kernel's host; the store fires its ``ready`` when it can be used.
 
@@ -411,15 +411,8 @@ class Link:
         if root is not None:
             parameters["root"] = root.decode("latin-1")
         store = AgentFileStore(self._reactor, self)
-        stream = FilesStream(self, store)
+        stream = self._begin(FilesStream(self, store), parameters)
         store.began(stream)
-        if self._state is _State.CLOSED:
-            stream.lostSoon(LinkLost("the gateway is stopping"))
-            return store
-        stream.wire = self._endpoint.open(parameters, stream)
-        self._streams.add(stream)
-        if self._state is _State.DETACHED:
-            self._expectSoon()
         # What comes is taken at once: those who ask bound it.
         stream.grant(EVERYTHING)
         return store
@@ -483,6 +476,11 @@ class KernelStream:
         self._link = link
         self._receiver = receiver
         self.over = False
+
+    @property
+    def number(self) -> int:
+        """The wire's number of the stream; 0 if it could not be opened."""
+        return 0 if self.wire is None else self.wire.id
 
     # --- IStream -----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ work: it ends at the gateway's word, or when no gateway has been heard for the o
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import selectors
@@ -22,8 +23,11 @@ from collections.abc import Callable
 from typing import Any
 
 from conchkernel import wire
-from conchkernel.remote.files import CannotServe, FileService
+from conchkernel.remote import listening
+from conchkernel.remote.files import FileService
+from conchkernel.remote.pool import Pool
 from conchkernel.remote.process import CannotRun, Process
+from conchkernel.remote.service import SHORTAGE, UNKNOWN_KIND, CannotServe
 
 MAX_SESSIONS = 64
 MAX_CARRIERS = 128
@@ -32,7 +36,13 @@ _RECEIVE = 1024 * 1024
 #: A carrier that takes nothing holds back at most one message; the rest waits in the session.
 _SEND_BUFFER = 512 * 1024
 #: What an OPEN may ask for.
-_KINDS: dict[Any, Callable[..., Any]] = {"process": Process, "files": FileService}
+_KINDS: dict[Any, Callable[..., Any]] = {
+    "process": Process,
+    "files": FileService,
+    "connect": listening.connect,
+    "listen": listening.Listener,
+    "accepted": listening.accepted,
+}
 
 
 class Agent:
@@ -56,8 +66,10 @@ class Agent:
         self._readers: dict[int, Callable[[int], None]] = {}
         self._writers: dict[int, Callable[[int], None]] = {}
         self._dirty: set[Session] = set()
-        self._look: set[Process] = set()
+        self._look: set[Any] = set()
         self._posted: deque[Callable[[], None]] = deque()
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self.pool = Pool(self.post)
         self._wake_fd = -1
         self._orphan_timeout = float(options["orphan_timeout"])
         self._last_used = time.monotonic()
@@ -152,10 +164,33 @@ class Agent:
         else:
             self._selector.register(fd, events)
 
-    def look_again(self, process: Process) -> None:
-        """The process may have room to read on, once what is queued has gone."""
-        self._look.add(process)
-        self._dirty.add(process.session)
+    def look_again(self, service: Any) -> None:
+        """The service may have room to read on, once what is queued has gone."""
+        self._look.add(service)
+        self._dirty.add(service.session)
+
+    def accept(self, listener: socket.socket) -> tuple[socket.socket, Any] | None:
+        """The next connection and its address; ``None`` if there is none, or none can be had.
+
+        Out of descriptors, a connection that cannot be taken would wake the loop for ever: a spare
+        one lets it be taken and closed.
+        """
+        try:
+            return listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away(listener)
+            return None
+
+    def _turn_away(self, listener: socket.socket) -> None:
+        try:
+            if self._spare >= 0:
+                os.close(self._spare)
+                self._spare = -1
+                listener.accept()[0].close()
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            time.sleep(0.01)  # somebody else was quicker; the loop must not spin until it is better
 
     def _give_up(self, failed: Callable[[], None] | None) -> None:
         """End what met a defect; that it cannot be ended well ends nothing else."""
@@ -201,10 +236,10 @@ class Agent:
     # --- sessions ----------------------------------------------------------------------------
 
     def _accept(self, fd: int) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
+        accepted = self.accept(self._listener)
+        if accepted is None:
             return
+        connection = accepted[0]
         try:
             if _peer_uid(connection) in (None, os.getuid()) and len(self.carriers) < MAX_CARRIERS:
                 self.carriers.add(Carrier(self, connection))
@@ -342,20 +377,26 @@ class Session:
         kind = parameters.get("kind")
         make = _KINDS.get(kind) if isinstance(kind, str) else None
         if make is None:
-            wire.refuse(stream, 3, "the agent does not know this kind of stream")
+            wire.refuse(stream, UNKNOWN_KIND, "the agent does not know this kind of stream")
             return
         try:
             service = make(self._agent, self, stream, parameters)
-        except (CannotRun, CannotServe) as error:
-            wire.refuse(stream, 4, str(error))
+        except CannotServe as error:
+            wire.refuse(stream, error.code, str(error))
+        except CannotRun as error:
+            wire.refuse(stream, SHORTAGE, str(error))
         except OSError as error:
-            wire.refuse(stream, 4, f"nothing can be started for it: {error.strerror}")
+            wire.refuse(stream, SHORTAGE, f"nothing can be started for it: {error.strerror}")
         except Exception as error:
             # A defect of ours; without an answer somebody would wait for ever.
-            wire.refuse(stream, 4, f"nothing can be started for it ({type(error).__name__})")
+            wire.refuse(stream, SHORTAGE, f"nothing can be started for it ({type(error).__name__})")
         else:
             stream.receiver = service
             self._streams[stream.id] = service
+
+    def service(self, stream_id: Any) -> Any:
+        """What serves a stream; ``None`` if none does."""
+        return self._streams.get(stream_id) if isinstance(stream_id, int) else None
 
     def _told(self, frame_type: int, payload: bytes) -> None:
         if frame_type != wire.GOODBYE:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from conchkernel import wire
 from conchkernel.remote import filewire as fw
 from conchkernel.remote.fileops import SLOW, Malformed, Operations
+from conchkernel.remote.service import CannotServe, Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,10 +39,6 @@ SMALL = 1024
 MAX_SERVICES = 64
 
 FEATURES = ("modes", "links", "hardlinks", "statvfs", "sync", "times", "offset-writes")
-
-
-class CannotServe(Exception):
-    """The stream is refused; the text is a sentence for the user."""
 
 
 class _Over(Exception):
@@ -67,7 +64,7 @@ class _Exchange:
         self.told = False
 
 
-class FileService:
+class FileService(Service):
     """One OPEN of kind ``files``, on the loop's side."""
 
     running = 0
@@ -170,20 +167,6 @@ class FileService:
         self._stream.close("the agent could not go on with these files")
         self.hang_up()
         self._agent.settle(self.session)
-
-    # Frames that mean nothing to files, or that only the gateway's end gets.
-
-    def wire_control(self, frame_type: int, payload: bytes) -> None:
-        """RESIZE, SIGNAL, BREAK and STOP are for processes."""
-
-    def wire_opened(self, info: dict[str, Any]) -> None:
-        """Not sent to an agent."""
-
-    def wire_refused(self, code: Any, message: Any) -> None:
-        """Not sent to an agent."""
-
-    def wire_exit(self, info: dict[str, Any]) -> None:
-        """Not sent to an agent."""
 
 
 class _Worker(threading.Thread):

@@ -294,8 +294,7 @@ class GatewayConnection(SSHConnection):
                 OPEN_ADMINISTRATIVELY_PROHIBITED,
                 f"a maximum packet size of {maxPacket} is too small",
             )
-        if len(self.channels) + len(self._opening) >= MAX_CHANNELS:
-            raise ChannelRefused(OPEN_RESOURCE_SHORTAGE, "too many channels")
+        self._checkChannels()
         if channelType == b"session":
             self._checkSessions()
         channel = self.transport.avatar.lookupChannel(channelType, windowSize, maxPacket, data)
@@ -304,6 +303,10 @@ class GatewayConnection(SSHConnection):
                 OPEN_UNKNOWN_CHANNEL_TYPE, f"unknown channel type {printable(channelType)}"
             )
         return channel
+
+    def _checkChannels(self) -> None:
+        if len(self.channels) + len(self._opening) >= MAX_CHANNELS:
+            raise ChannelRefused(OPEN_RESOURCE_SHORTAGE, "too many channels")
 
     def _checkSessions(self) -> None:
         if self._noMoreSessions:
@@ -361,7 +364,13 @@ class GatewayConnection(SSHConnection):
             self._refuse(sender, OPEN_CONNECT_FAILED, "open failed")
 
     def openChannel(self, channel: GatewayChannel, extra: bytes = b"") -> None:
-        """Ask the client for a channel; ``channelOpen`` or ``openFailed`` is called on it."""
+        """Ask the client for a channel; ``channelOpen`` or ``openFailed`` is called on it.
+
+        :raises ChannelRefused: there are too many, or the connection is over.
+        """
+        if not self._handlers:
+            raise ChannelRefused(OPEN_CONNECT_FAILED, "the connection is over")
+        self._checkChannels()
         channel.id = self.localChannelID
         channel.conn = self
         channel.outlet = self.outlet

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
     from twisted.python.failure import Failure
 
+    from conchkernel.ssh.forwarding import Forwarded, Forwarding
+    from conchkernel.ssh.permissions import Permissions
+
 #: Variables a client may set unless the operator names more; Debian's sshd takes the same.
 ACCEPT_ENV = ("LANG", "LC_*", "COLORTERM")
 #: sshd's own bound on the number of variables.
@@ -74,6 +77,9 @@ class SessionAvatar(Protocol):
     acceptEnv: tuple[str, ...]
     subsystemLookup: dict[bytes, Callable[[SessionChannel], Subsystem]]
 
+    permissions: Permissions
+    forwarding: Forwarding
+
     def link(self) -> Deferred[IKernelLink]: ...
 
     def linkLost(self, link: IKernelLink) -> None: ...
@@ -111,6 +117,8 @@ class SessionChannel(GatewayChannel):
         self._stream: IStream | None = None
         self._started: Deferred[bool] | None = None
         self._subsystem: Subsystem | None = None
+        self._agent: Forwarded | None = None
+        self._forwarding: Deferred[Forwarded] | None = None
 
     # --- preparation -------------------------------------------------------------------------
 
@@ -120,6 +128,8 @@ class SessionChannel(GatewayChannel):
         term, size, modes = fields.string(), _windowSize(fields), parseModes(fields.string())
         fields.end()
         if self.stage is not Stage.LARVAL or self._pty is not None or len(term) > MAX_TERM_BYTES:
+            return False
+        if not self.avatar.permissions.pty:
             return False
         self._pty = PtyRequest(term, size, modes)
         return True
@@ -160,6 +170,31 @@ class SessionChannel(GatewayChannel):
             self._stream.resize(size)
         return True
 
+    def request_auth_agent(self, data: bytes) -> bool | Deferred[bool]:
+        """No payload: have a socket over there that leads to the client's ssh-agent."""
+        Fields(data, "auth-agent-req").end()
+        if self.stage is not Stage.LARVAL or self._agent or self._forwarding:
+            return False
+        forwarding = self._forwarding = self.avatar.forwarding.forwardAgent()
+        if forwarding is None:
+            return False
+        answer: Deferred[bool] = Deferred()
+
+        def listening(agent: Forwarded) -> None:
+            self._forwarding, self._agent = None, agent
+            if self.stage is Stage.ENDED:
+                self._giveUpAgent()
+            answer.callback(True)
+
+        def failed(reason: Failure) -> None:
+            self._forwarding = None
+            if not reason.check(ConchKernelError, CancelledError):
+                self._log.failure("the ssh-agent could not be forwarded", reason)
+            answer.callback(False)
+
+        forwarding.addCallbacks(listening, failed)
+        return answer
+
     # --- what runs ---------------------------------------------------------------------------
 
     def request_shell(self, data: bytes) -> bool | Deferred[bool]:
@@ -194,10 +229,18 @@ class SessionChannel(GatewayChannel):
         self.stage = Stage.STARTING
         started: Deferred[bool] = Deferred()
         self._started = started
-        linking = self._linking = self.avatar.link()
-        linking.addCallbacks(self._openProcess, self._notLinked, callbackArgs=(command,))
-        linking.addErrback(self._notLinked)
+        if self._forwarding is None:
+            self._connect(command)
+        else:
+            # The process is told where its ssh-agent is.
+            self._forwarding.addBoth(lambda _: self._connect(command))
         return started
+
+    def _connect(self, command: bytes | None) -> None:
+        if self.stage is Stage.STARTING:
+            linking = self._linking = self.avatar.link()
+            linking.addCallbacks(self._openProcess, self._notLinked, callbackArgs=(command,))
+            linking.addErrback(self._notLinked)
 
     def _openProcess(self, link: IKernelLink, command: bytes | None) -> None:
         self._linking = None
@@ -205,6 +248,8 @@ class SessionChannel(GatewayChannel):
             return
         self._link = link
         environment = {**self._environment, **self._addresses()}
+        if self._agent is not None and self._agent.listener is not None:
+            environment[b"SSH_AUTH_SOCK"] = self._agent.listener.path
         request = ProcessRequest(command, self._pty, tuple(environment.items()))
         stream = link.openProcess(request, self)
         if self._hasEnded():
@@ -366,10 +411,19 @@ class SessionChannel(GatewayChannel):
         subsystem, self._subsystem = self._subsystem, None
         if subsystem is not None:
             subsystem.channelClosed()
+        self._giveUpAgent()
+
+    def _giveUpAgent(self) -> None:
+        if self._forwarding is not None:
+            self._forwarding.cancel()
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.close()
 
     requests: ClassVar = {
         b"pty-req": request_pty_req,
         b"env": request_env,
+        b"auth-agent-req@openssh.com": request_auth_agent,
         b"shell": request_shell,
         b"exec": request_exec,
         b"subsystem": request_subsystem,

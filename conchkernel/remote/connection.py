@@ -1,0 +1,370 @@
+"""A connection on the kernel's host: the two directions of a socket as one stream of the wire.
+
+Runs in the agent. Nothing is read that the stream does not take, and nothing is granted that the
+socket has not taken. Each direction ends by itself, and the stream when both have, as a channel of
+sshd's does (channels.c): what one side sent before its end always arrives.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from conchkernel import wire
+from conchkernel.remote import addresses
+from conchkernel.remote.service import CONNECT_FAILED, SHORTAGE, Service
+
+if TYPE_CHECKING:
+    from conchkernel.remote.addresses import Address
+    from conchkernel.remote.agent import Agent, Session
+
+#: One read: with its headers it fills one message.
+BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
+#: Seconds for which a Unix socket's full queue is waited for.
+_PATIENCE = 30
+
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Connection(Service):
+    """The receiver of a stream over one socket.
+
+    :param connected: the socket; without one the stream begins when :meth:`found` was called and
+        one of the addresses could be connected to.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        session: Session,
+        stream: wire.Stream,
+        connected: socket.socket | None = None,
+    ) -> None:
+        self.session = session
+        self._agent = agent
+        self._stream = stream
+        self._socket: socket.socket | None = connected
+        self._addresses: list[Address] = []
+        self._problem: OSError | None = None
+        self._late: socket.socket | None = None
+        self._consumed = 0
+        self._backlog: deque[memoryview | bytes] = deque()
+        self._ending = False  # the gateway's EOF has come
+        self._open = False
+        self._watched = False
+        self._read_all = False  # nothing more is read
+        self._written_all = False  # nothing more is written
+        self._over = False
+        if connected is not None:
+            self._begin()
+
+    # --- connecting --------------------------------------------------------------------------
+
+    @classmethod
+    def to_host(
+        cls, agent: Agent, session: Session, stream: wire.Stream, host: str, port: int
+    ) -> Connection:
+        """One to a TCP port; its addresses are tried one after the other."""
+        self = cls(agent, session, stream)
+        found = addresses.numeric(host, port)
+        if found:
+            self._addresses = found
+            self._try_next()
+        else:
+
+            def look_up() -> None:
+                try:
+                    self._addresses = addresses.named(host, port)
+                except OSError as error:
+                    self._problem = error
+
+            agent.pool.run(look_up, self._try_next)
+        return self
+
+    @classmethod
+    def to_path(cls, agent: Agent, session: Session, stream: wire.Stream, path: str) -> Connection:
+        """One to a Unix socket."""
+        self = cls(agent, session, stream)
+        self._addresses = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, path)]
+        self._try_next()
+        return self
+
+    def _try_next(self) -> None:
+        """Connect to the first address that is left; with none, the stream is refused."""
+        while self._addresses and not self._over:
+            family, kind, protocol, address = self._addresses.pop(0)
+            try:
+                made = self._socket = socket.socket(family, kind, protocol)
+            except OSError as error:
+                self._failed_with(error)
+                continue
+            made.setblocking(False)
+            try:
+                made.connect(address)
+            except BlockingIOError as error:
+                if error.errno == errno.EINPROGRESS:
+                    self._agent.watch_write(made.fileno(), self._connectable)
+                else:
+                    # The queue of a Unix socket is full, and there is no event for room in it.
+                    self._agent.pool.run(partial(self._wait_for, address), self._waited)
+            except OSError as error:
+                self._failed_with(error)
+                continue
+            else:
+                self._begin()
+            return
+        if not self._over:
+            self._refuse()
+
+    def _connectable(self, fd: int) -> None:
+        self._agent.unwatch_write(fd)
+        assert self._socket is not None
+        number = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            self._failed_with(OSError(number, os.strerror(number)))
+            self._try_next()
+        else:
+            self._begin()
+
+    def _wait_for(self, path: Any) -> None:
+        """On a thread: connect when the listener has taken some of those before us.
+
+        A socket of its own, since the loop may close the first one at any moment.
+        """
+        made = socket.socket(socket.AF_UNIX)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _PATIENCE, 0))
+            made.connect(path)
+        except BlockingIOError:
+            made.close()
+            self._problem = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        except OSError as error:
+            made.close()
+            self._problem = error
+        else:
+            self._late = made
+
+    def _waited(self) -> None:
+        late, self._late = self._late, None
+        if self._over:
+            if late is not None:
+                late.close()
+        elif late is None:
+            self._failed_with(self._problem or OSError())
+            self._try_next()
+        else:
+            self._failed_with(OSError())
+            self._socket = late
+            self._begin()
+
+    def _failed_with(self, error: OSError) -> None:
+        self._problem = error
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _refuse(self) -> None:
+        error = self._problem or OSError(0, "it has no address")
+        self._over = True
+        code = SHORTAGE if error.errno in _SHORTAGES else CONNECT_FAILED
+        wire.refuse(self._stream, code, addresses.why(error))
+        self._agent.settle(self.session)
+
+    def _begin(self) -> None:
+        assert self._socket is not None
+        self._open = True
+        self._problem = None
+        self._addresses = []
+        self._socket.setblocking(False)
+        if self._socket.family != socket.AF_UNIX:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._stream.control(wire.OPENED, b"{}")
+        if self._backlog:
+            self._agent.watch_write(self._socket.fileno(), self._writable)
+        elif self._ending:
+            self._end_writing()
+        self._watch()
+        self._agent.settle(self.session)
+
+    # --- from the socket ---------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Read exactly while the stream takes it: nothing is read that must be kept."""
+        if self._socket is None or not self._open:
+            return
+        stream = self._stream
+        wanted = not self._read_all and not stream.queued and stream.room > 0
+        if wanted != self._watched:
+            self._watched = wanted
+            if wanted:
+                self._agent.watch_read(self._socket.fileno(), self._readable)
+            else:
+                self._agent.unwatch_read(self._socket.fileno())
+
+    def _readable(self, fd: int) -> None:
+        stream = self._stream
+        room = stream.room
+        if room <= 0 or stream.queued:
+            self._watch()
+            return
+        assert self._socket is not None
+        try:
+            data = self._socket.recv(min(room, BATCH))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # It was reset: the other direction is over, too. What was read before still goes.
+            self._end(addresses.why(error))
+            return
+        if data:
+            stream.write(data)
+            self._agent.settle(self.session)
+            if stream.queued or stream.room <= 0:
+                self._watch()
+        else:
+            stream.append(wire.EOF)
+            self._end_reading()
+
+    def _end_reading(self) -> None:
+        self._read_all = True
+        self._watch()
+        self._end_if_done()
+
+    def wire_sent(self, count: int) -> None:
+        """What was read has left the queue: more may be."""
+        if not self._over:
+            self._agent.look_again(self)
+
+    def wire_credit(self) -> None:
+        """The gateway takes more."""
+        if not self._over:
+            self._agent.look_again(self)
+
+    def look(self) -> None:
+        """Go on reading if there is room (called by the agent between events)."""
+        if not self._over:
+            self._watch()
+
+    def wire_control(self, frame_type: int, payload: bytes) -> None:
+        """STOP: nobody wants what the socket would still give."""
+        if frame_type == wire.STOP and not self._over and not self._read_all:
+            self._shut_down(socket.SHUT_RD)
+            self._end_reading()
+
+    # --- to the socket -----------------------------------------------------------------------
+
+    def wire_data(self, data: memoryview, extended: int) -> None:
+        """Bytes for the socket."""
+        if self._written_all or self._over:
+            self._took(len(data))
+            return
+        if self._open and not self._backlog:
+            written = self._write(data)
+            if written == len(data):
+                return
+            data = data[written:]
+        # The buffer under ``data`` is used again; the peer's credit bounds what is kept.
+        self._backlog.append(bytes(data))
+        if self._open and self._socket is not None:
+            self._agent.watch_write(self._socket.fileno(), self._writable)
+
+    def _write(self, data: memoryview | bytes) -> int:
+        assert self._socket is not None
+        try:
+            written = self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            # Nobody takes any more. What comes is dropped, as under sshd; that the other end is
+            # gone is told by reading.
+            self._took(len(data))
+            self._drop_backlog()
+            return len(data)
+        self._took(written)
+        return written
+
+    def _took(self, count: int) -> None:
+        self._consumed += count
+        self._stream.grant(self._consumed + self._stream.cap)
+
+    def _writable(self, fd: int) -> None:
+        backlog = self._backlog
+        while backlog and not self._written_all:
+            data = backlog.popleft()
+            written = self._write(data)
+            if written < len(data):
+                backlog.appendleft(memoryview(data)[written:])
+                return
+        self._agent.unwatch_write(fd)
+        if self._ending:
+            self._end_writing()
+        self._agent.settle(self.session)
+
+    def _drop_backlog(self) -> None:
+        self._took(sum(map(len, self._backlog)))
+        self._backlog.clear()
+        if self._socket is not None:
+            self._agent.unwatch_write(self._socket.fileno())
+        self._written_all = True
+        self._end_if_done()
+
+    def wire_eof(self) -> None:
+        """The client sends no more; the socket's other end is told after the last byte."""
+        self._ending = True
+        if self._open and not self._backlog:
+            self._end_writing()
+
+    def _end_writing(self) -> None:
+        if not self._written_all:
+            self._written_all = True
+            self._shut_down(socket.SHUT_WR)
+            self._end_if_done()
+
+    def _shut_down(self, direction: int) -> None:
+        if self._socket is not None and self._open:
+            try:
+                self._socket.shutdown(direction)
+            except OSError:
+                pass  # it is not connected any more, which reading tells
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def _end_if_done(self) -> None:
+        if self._read_all and self._written_all and not self._over:
+            self._end("")
+
+    def _end(self, reason: str) -> None:
+        """Nothing more goes either way; ``reason`` is why, where that is not the usual end."""
+        self._stream.append(wire.CLOSE, reason.encode())
+        self._release()
+        self._agent.settle(self.session)
+
+    def wire_closed(self, reason: str) -> None:
+        """The gateway closed the stream."""
+        self.hang_up()
+
+    def failed(self) -> None:
+        """A defect of ours."""
+        self._stream.close("the agent could not go on with this connection")
+        self.hang_up()
+        self._agent.settle(self.session)
+
+    def hang_up(self) -> None:
+        """Give the connection up."""
+        if not self._over:
+            self._release()
+
+    def _release(self) -> None:
+        self._over = True
+        self._backlog.clear()
+        taken, self._socket = self._socket, None
+        if taken is not None:
+            fd = taken.fileno()
+            self._agent.unwatch_read(fd)
+            self._agent.unwatch_write(fd)
+            taken.close()
