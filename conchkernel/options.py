@@ -31,9 +31,11 @@ from conchkernel.ssh.checkers import AnonymousOwnerChecker
 from conchkernel.ssh.ciphers import CIPHERS, MACS
 from conchkernel.ssh.kex import METHODS as KEX_METHODS
 from conchkernel.ssh.limits import Limits
+from conchkernel.ssh.permissions import Permissions
 from conchkernel.ssh.userauth import METHODS as AUTHENTICATION_METHODS
 from conchkernel.values import (
     LIMITS,
+    PERMISSIONS,
     Value,
     absolutePath,
     algorithms,
@@ -118,7 +120,7 @@ class Options(usage.Options, AuthOptionMixin):
            Value(name, algorithms(known))]
           for name, known in _ALGORITHMS.items()],
         *[[name, None, None, description, Value(name, judge)]
-          for name, (_, judge, description) in LIMITS.items()],
+          for name, (_, judge, description) in {**PERMISSIONS, **LIMITS}.items()],
     ]  # fmt: skip
 
     optFlags = [  # noqa: RUF012
@@ -230,6 +232,11 @@ class Options(usage.Options, AuthOptionMixin):
             if value is not None:
                 given.update(zip(fields, value if len(fields) > 1 else [value], strict=True))
         return Limits(**given)
+
+    def permissions(self) -> Permissions:
+        """What everybody may ask for."""
+        given = {field: self[name] for name, (field, _, _) in PERMISSIONS.items()}
+        return Permissions(**{field: value for field, value in given.items() if value is not None})
 
     def algorithms(self) -> Algorithms:
         """What may be negotiated."""

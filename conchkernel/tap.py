@@ -73,6 +73,7 @@ def makeService(options: Options, *, reactor: Any = None) -> GatewayService:
         backend,
         acceptEnv=(*ACCEPT_ENV, *options["accept-env"]),
         kernelPer=options["kernel-per"],
+        permissions=options.permissions(),
         files=StoreChoice(
             backend.contents,
             files=Files(options["files"]),

@@ -372,6 +372,17 @@ class ClientChannel:
     closed: bool = False
 
 
+@dataclass
+class AskedChannel:
+    """A channel that the gateway asks a :class:`MemoryClient` for."""
+
+    kind: bytes
+    remote: int
+    window: int
+    maxPacket: int
+    data: bytes
+
+
 class MemoryClient:
     """A logged in client, directly upon a gateway's connection, that believes nothing.
 
@@ -384,6 +395,8 @@ class MemoryClient:
         self.factory = factory
         self.writable = True
         self.channels: list[ClientChannel] = []
+        #: Channels that the gateway asked for and that have had no answer.
+        self.asked: list[AskedChannel] = []
         self.globalReplies: list[bytes | None] = []
         self.globalRequests: list[tuple[bytes, bool]] = []
         #: Every message as (number, payload).
@@ -410,6 +423,21 @@ class MemoryClient:
         numbers = struct.pack(">3L", channel.number, window, maxPacket)
         self.receive(messages.MSG_CHANNEL_OPEN, string(kind) + numbers + data)
         return channel
+
+    def confirm(self, window: int = 1 << 21, maxPacket: int = 1 << 15) -> ClientChannel:
+        """Take the channel that the gateway has waited for longest."""
+        asked = self.asked.pop(0)
+        channel = ClientChannel(len(self.channels), window, maxPacket, asked.remote)
+        channel.remoteWindow, channel.remoteMaxPacket = asked.window, asked.maxPacket
+        self.channels.append(channel)
+        numbers = struct.pack(">4L", asked.remote, channel.number, window, maxPacket)
+        self.receive(messages.MSG_CHANNEL_OPEN_CONFIRMATION, numbers)
+        return channel
+
+    def refuse(self, code: int = 1) -> None:
+        """Do not take it."""
+        numbers = struct.pack(">2L", self.asked.pop(0).remote, code)
+        self.receive(messages.MSG_CHANNEL_OPEN_FAILURE, numbers + string(b"no") + string(b""))
 
     def request(
         self, channel: ClientChannel, name: bytes, data: bytes = b"", reply: bool = True
@@ -507,7 +535,11 @@ class MemoryClient:
             self.globalReplies.append(None)
         elif message == messages.MSG_GLOBAL_REQUEST:
             self.globalRequests.append((fields.string(), fields.boolean()))
-        elif message != messages.MSG_CHANNEL_OPEN:
+        elif message == messages.MSG_CHANNEL_OPEN:
+            kind, remote = fields.string(), fields.uint32()
+            asked = AskedChannel(kind, remote, fields.uint32(), fields.uint32(), fields.rest())
+            self.asked.append(asked)
+        else:
             channel = self.channels[fields.uint32()]
             assert not channel.closed, f"message {message} after CLOSE"
             self._take(channel, message, fields)

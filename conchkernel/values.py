@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 from twisted.python import usage
 
 from conchkernel.ssh.limits import Limits, PenaltyRules
+from conchkernel.ssh.permissions import (
+    Directions,
+    GatewayPorts,
+    Place,
+    listenPlace,
+    openPlace,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -194,6 +201,80 @@ def methods(known: Collection[bytes]) -> Callable[[str], tuple[tuple[bytes, ...]
 
     return judge
 
+
+def directions(text: str) -> Directions:
+    """AllowTcpForwarding: ``yes``, ``all``, ``no``, ``local`` or ``remote``."""
+    known = {
+        "yes": Directions.BOTH,
+        "all": Directions.BOTH,
+        "no": Directions.NONE,
+        "local": Directions.LOCAL,
+        "remote": Directions.REMOTE,
+    }
+    return known[oneOf(*known)(text)]
+
+
+def yesOrNo(text: str) -> bool:
+    """``yes`` or ``no``."""
+    return oneOf("yes", "no")(text) == "yes"
+
+
+def gatewayPorts(text: str) -> GatewayPorts:
+    """GatewayPorts: ``no``, ``yes`` or ``clientspecified``."""
+    return GatewayPorts(oneOf(*(one.value for one in GatewayPorts))(text))
+
+
+def places(judge: Callable[[str], Place]) -> Callable[[str], tuple[tuple[Place, ...], ...]]:
+    """PermitOpen and PermitListen: places with spaces between them, ``any`` or ``none``."""
+
+    def permitted(text: str) -> tuple[tuple[Place, ...], ...]:
+        words = text.split()
+        if not words:
+            raise ValueError("it is empty")
+        if words == ["any"]:
+            return ()
+        return (() if words == ["none"] else tuple(map(judge, words)),)
+
+    return permitted
+
+
+#: Options that are permissions, by sshd's names: the field of :class:`Permissions` that the value
+#: fills, what judges it, and the description.
+PERMISSIONS: dict[str, tuple[str, Judge, str]] = {
+    "allow-tcp-forwarding": (
+        "tcp",
+        directions,
+        "Whether TCP connections are forwarded: yes, no, 'local' for ssh -L and -D only, or "
+        "'remote' for -R. (default: yes)",
+    ),
+    "allow-stream-local-forwarding": (
+        "streamLocal",
+        directions,
+        "The same for Unix sockets. (default: yes)",
+    ),
+    "allow-agent-forwarding": (
+        "agent",
+        yesOrNo,
+        "Whether ssh -A is served. (default: yes)",
+    ),
+    "gateway-ports": (
+        "gatewayPorts",
+        gatewayPorts,
+        "Where ssh -R listens on the kernel's host: on loopback with 'no', on every address with "
+        "'yes', where the client says with 'clientspecified'. (default: no)",
+    ),
+    "permit-open": (
+        "opens",
+        places(openPlace),
+        "Where ssh -L and -D may lead: HOST:PORT, with spaces between several and * for any of "
+        "either; or none. (default: any)",
+    ),
+    "permit-listen": (
+        "listens",
+        places(listenPlace),
+        "Where ssh -R may listen: PORT or HOST:PORT, likewise. (default: any)",
+    ),
+}
 
 #: Options that are limits of the SSH side, by sshd's names: the fields of :class:`Limits` that the
 #: value fills, what judges it, and the description.

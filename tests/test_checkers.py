@@ -22,6 +22,7 @@ from conchkernel.ssh.checkers import (
     TokenChecker,
     truthful,
 )
+from conchkernel.ssh.permissions import Directions, Permissions, Place
 
 ED25519 = Key(ed25519.Ed25519PrivateKey.generate())
 ECDSA = Key(ec.generate_private_key(ec.SECP256R1()))
@@ -89,6 +90,33 @@ def test_badSignature(path: Path, signature: bytes) -> None:
     assert caught.type is UnauthorizedLogin
 
 
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ("restrict", Permissions(Directions.NONE, Directions.NONE, agent=False, pty=False)),
+        ("restrict,pty", Permissions(Directions.NONE, Directions.NONE, agent=False)),
+        ("restrict,Port-Forwarding,agent-forwarding,pty", Permissions()),
+        ("no-pty,no-X11-forwarding,no-user-rc", Permissions(pty=False)),
+        ("no-port-forwarding", Permissions(Directions.NONE, Directions.NONE)),
+        ("no-agent-forwarding", Permissions(agent=False)),
+        (
+            'permitopen="db:5432",permitopen="[::1]:*"',
+            Permissions(opens=((Place("db", 5432), Place("::1", None)),)),
+        ),
+        (
+            'permitlisten="8080",permitlisten="*.example:1"',
+            Permissions(listens=((Place("localhost", 8080), Place("*.example", 1)),)),
+        ),
+    ],
+)
+def test_optionsTakeBack(path: Path, options: str, left: Permissions, warnings: Any) -> None:
+    """What a key's options forbid is known of its login."""
+    path.write_text(f"{options} {line(ED25519)}\n{line(ED25519)}\n")
+    found = AuthorizedKeysChecker([path]).requestAvatarId(proof(ED25519))
+    assert (found, found.permissions) == ("owner", left)
+    assert not warnings
+
+
 def test_filesAreReadAnew(path: Path) -> None:
     """A key added or taken away counts from the next attempt on."""
     checker = AuthorizedKeysChecker(lambda: [path])
@@ -103,9 +131,18 @@ def test_filesAreReadAnew(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    ["restrict", "no-pty", 'command="echo hi"', 'from="10.0.0.0/8",no-pty', "cert-authority"],
+    [
+        'restrict,command="echo hi"',
+        'from="10.0.0.0/8",no-pty',
+        "cert-authority",
+        "no-touch-required",
+        'permitopen="nowhere"',
+        'permitlisten="[::1:80"',
+        'permitopen="half',
+        "permitopen",
+    ],
 )
-def test_linesWithOptions(path: Path, options: str, warnings: Any) -> None:
+def test_linesWithOptionsThatAreNotHonoured(path: Path, options: str, warnings: Any) -> None:
     """Refused, and logged once: an option that is not honoured would give too much."""
     path.write_text(f"{options} {line(ED25519)}\n{line(ECDSA)}\n")
     checker = AuthorizedKeysChecker([path])

@@ -8,8 +8,6 @@ Checkers of Twisted's own that say yes to every key are put right by :func:`trut
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 from typing import TYPE_CHECKING, Any
@@ -23,18 +21,34 @@ from twisted.cred.error import UnauthorizedLogin
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from conchkernel.ssh import userkeys
+from conchkernel.ssh import authorizedkeys, userkeys
+from conchkernel.ssh.permissions import Permissions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from conchkernel.ssh.authorizedkeys import AuthorizedKey
+
 #: The avatar of everybody whom the default checkers let in.
 OWNER = "owner"
 
-_KEY_TYPES = frozenset(name.decode("ascii") for name in userkeys.SIGNATURE_ALGORITHMS.values())
 #: An authorized_keys file is read at each attempt, so it must not be endless.
 _MAXIMUM_FILE_BYTES = 1024 * 1024
+
+
+class LimitedId(str):
+    """An avatar's id whose login may ask for less than others: see :class:`KernelRealm`.
+
+    :ivar permissions: what it may ask for.
+    """
+
+    permissions: Permissions
+
+    def __new__(cls, name: str, permissions: Permissions) -> LimitedId:
+        self = super().__new__(cls, name)
+        self.permissions = permissions
+        return self
 
 
 @implementer(ICredentialsChecker)
@@ -42,8 +56,8 @@ class AuthorizedKeysChecker:
     """Lets in who has the private half of a key in one of some files, under any name.
 
     The files are read at each attempt. One that does not exist has no keys. Lines with options
-    are refused, because an option that is not honoured would give more than it was written for;
-    the log says so, once for each line.
+    that are not honoured are refused, because they would give more than they were written for; the
+    log says so, once for each line. Of several lines with the same key the first counts.
 
     :param paths: files as of sshd's ``authorized_keys``, or what gives them.
     :param agentKeys: further keys, each a :class:`~twisted.conch.ssh.keys.Key` or its blob.
@@ -71,17 +85,24 @@ class AuthorizedKeysChecker:
         :raises UnauthorizedLogin: otherwise.
         """
         blob = credentials.blob
-        if blob not in self._blobs and all(blob != known for known in self._known()):
+        permissions = self._permissions(blob)
+        if permissions is None:
             raise UnauthorizedLogin("unknown key")
         if credentials.signature is None:
             raise ValidPublicKey
         key = Key.fromString(blob, type="BLOB")
         if not userkeys.verify(key, credentials.signature, credentials.sigData):
             raise UnauthorizedLogin("bad signature")
-        return self._owner
+        return LimitedId(self._owner, permissions)
 
-    def _known(self) -> Iterator[bytes]:
-        """The blobs of all usable keys in the files."""
+    def _permissions(self, blob: bytes) -> Permissions | None:
+        """What a key may ask for; ``None`` if it is not known."""
+        if blob in self._blobs:
+            return Permissions()
+        return next((known.permissions for known in self._known() if known.blob == blob), None)
+
+    def _known(self) -> Iterator[AuthorizedKey]:
+        """All usable keys in the files."""
         for path in self._paths():
             try:
                 with open(path, "rb") as file:
@@ -92,22 +113,13 @@ class AuthorizedKeysChecker:
                 self._tell(path, "", f"cannot be read: {error.strerror}")
                 continue
             for line in data.decode("utf-8", "replace").splitlines():
-                blob = self._parse(path, line)
-                if blob is not None:
-                    yield blob
-
-    def _parse(self, path: Path, line: str) -> bytes | None:
-        words = line.split(None, 2)
-        if not words or words[0].startswith("#"):
-            return None
-        if words[0] not in _KEY_TYPES:
-            self._tell(path, line, "has options or a key type that are not supported")
-            return None
-        try:
-            return base64.b64decode(words[1], validate=True)
-        except (IndexError, binascii.Error):
-            self._tell(path, line, "is not a key")
-            return None
+                try:
+                    key = authorizedkeys.parse(line)
+                except ValueError as error:
+                    self._tell(path, line, str(error))
+                    continue
+                if key is not None:
+                    yield key
 
     def _tell(self, path: Path, line: str, why: str) -> None:
         """Log what is not used, once; the line itself is named by a digest."""

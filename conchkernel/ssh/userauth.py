@@ -134,6 +134,7 @@ class GatewayUserAuth(SSHUserAuthServer):
             self._methods[b"none"] = self._none
         self._steps: Sequence[Sequence[bytes]] = factory.authenticationMethods
         self._usedKeys: set[bytes] = set()
+        self._proofs: list[Any] = []  # what the avatars of earlier steps may ask for
         self._listMethods()
 
     def _listMethods(self) -> None:
@@ -215,6 +216,7 @@ class GatewayUserAuth(SSHUserAuthServer):
             self.authenticatedWith = []
             self._steps = self.transport.factory.authenticationMethods
             self._usedKeys.clear()
+            self._proofs.clear()
             self._listMethods()
         if not self._bannerSent:
             self._bannerSent = True
@@ -397,9 +399,14 @@ class GatewayUserAuth(SSHUserAuthServer):
             logout()
             return
         if not self._wasLastStep(request.name):
-            # The last step has its own avatar; this one is only a proof.
+            # The last step has its own avatar; this one is only a proof, but what it may not ask
+            # for, the last one may not either.
+            self._proofs.append(getattr(avatar, "permissions", None))
             logout()
             raise NotEnoughAuthentication
+        for permissions in self._proofs:
+            if permissions is not None:
+                avatar.narrow(permissions)
         service = self.transport.factory.services[_NEXT_SERVICE]()
         self._log.info(
             "{peer}: {user!r} logged in by {method}",
