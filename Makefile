@@ -9,7 +9,7 @@ ARGS ?=
 # What decides whether the installation is still current.
 SOURCES := pyproject.toml setup.py conchkernel/_fastpty.pyx
 
-.PHONY: demo test lint bench bench-ssh bench-files clean need-tools
+.PHONY: demo test lint bench bench-ssh bench-files bench-tunnels fuzz clean need-tools
 
 demo: need-tools $(VENV)/.demo
 	@exec $(BIN)/conchkernel demo $(ARGS)
@@ -29,6 +29,9 @@ bench-ssh: need-tools $(VENV)/.test
 
 bench-files: need-tools $(VENV)/.test
 	$(BIN)/python -m bench.files $(ARGS)
+
+bench-tunnels: need-tools $(VENV)/.test
+	$(BIN)/python -m bench.tunnels $(ARGS)
 
 # A few thousand inputs for each parser that a stranger reaches; more by FUZZ='-max_total_time=600'.
 FUZZ ?= -runs=20000

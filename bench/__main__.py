@@ -41,12 +41,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(known: dict[str, Row], program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench",
+        prog=f"python -m {program}",
         description="conchkernel beside a real sshd on this host. bench/README.md reads the table.",
     )
-    rows, roads = list(ROWS), list(ROADS)
+    rows, roads = list(known), list(ROADS)
     parser.add_argument("--rounds", type=_positive, help="rounds of each row (5; with --quick 2)")
     parser.add_argument("--rows", type=_names(rows), default=rows, help=", ".join(rows))
     parser.add_argument(
@@ -68,19 +68,25 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> int:
-    """Measure and print. Status 1 if something could not be measured; targets do not count."""
+def main(
+    known: dict[str, Row] = ROWS, make_plan: Callable[..., Any] = Plan, program: str = "bench"
+) -> int:
+    """Measure and print. Status 1 if something could not be measured; targets do not count.
+
+    :param known: the rows there are.
+    :param make_plan: given the run's directory and ``quick``, what the rows are given.
+    """
     if not sys.platform.startswith("linux"):
         print("the benchmark reads /proc, which only Linux has", file=sys.stderr)
         return 1
-    arguments = _arguments()
-    rows = [ROWS[name] for name in arguments.rows]
+    arguments = _arguments(known, program)
+    rows = [known[name] for name in arguments.rows]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     with ExitStack() as begun:
         name = begun.enter_context(tempfile.TemporaryDirectory(prefix="ckbench-"))
         home = Home(Path(name), arguments.cipher)
-        plan = Plan(Path(name), quick=arguments.quick)
+        plan = make_plan(Path(name), quick=arguments.quick)
         try:
             roads = [ROADS[name](home, begun) for name in arguments.roads]
             print(_about(arguments, roads))
@@ -97,7 +103,7 @@ def main() -> int:
 
 
 def _measure(
-    roads: list[Road], rows: list[Row], plan: Plan, rounds: int
+    roads: list[Road], rows: list[Row], plan: Any, rounds: int
 ) -> tuple[Results, list[str]]:
     results: Results = {(row.name, road.name): {} for row in rows for road in roads}
     failures = []

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.client import LIMIT, Client, Master
 from bench.figures import Figure, Measurement, Target
@@ -58,11 +58,11 @@ class Plan:
                 digits = generator.randbytes(500_000).hex().encode()
                 lines = (digits[start : start + 79] for start in range(0, 987_500, 79))
                 file.write(b"\n".join((*lines, b"")))
-        self.bulk = _mapped(self.bulk_file)
-        self.lines = _mapped(self.lines_file)
+        self.bulk = mapped(self.bulk_file)
+        self.lines = mapped(self.lines_file)
 
 
-def _mapped(path: Path) -> mmap.mmap:
+def mapped(path: Path) -> mmap.mmap:
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -74,7 +74,7 @@ class Row:
     name: str
     title: str
     figures: tuple[Figure, ...]
-    measure: Callable[[Road, Plan], Measurement]
+    measure: Callable[[Road, Any], Measurement]
     once: bool = False
     """Whether one round is enough, on servers that have done nothing yet."""
 
@@ -82,7 +82,7 @@ class Row:
 # --- bulk --------------------------------------------------------------------------------------
 
 
-class _Meter:
+class Meter:
     """CPU and wall time of everything on a road, from now until :meth:`stop`."""
 
     def __init__(self, road: Road, client: Client, session_parent: bytes) -> None:
@@ -108,7 +108,7 @@ class _Meter:
 def _receive(command: list[str], road: Road, content: mmap.mmap) -> Measurement:
     with Client(command) as client:
         parent = client.line()
-        meter = _Meter(road, client, parent)
+        meter = Meter(road, client, parent)
         client.send(b"\n")
         client.expect(content)
         measured = meter.stop(len(content))
@@ -130,7 +130,7 @@ def _upload(road: Road, plan: Plan) -> Measurement:
         client.send(b"\n")
         if client.line() != b"ready":
             raise BenchError("the far end of the upload does not start")
-        meter = _Meter(road, client, parent)
+        meter = Meter(road, client, parent)
         client.upload(plan.bulk)
         told = client.line()
         measured = meter.stop(len(plan.bulk))
