@@ -1,6 +1,7 @@
-"""A gateway over :class:`conchkernel.loopback.LoopbackBackend`: the same road without Jupyter.
+"""A gateway without Jupyter: over the agent alone, or over nothing but its own processes.
 
-Arguments: port, state directory, authorized_keys file, ``compiled`` or ``pure``.
+Arguments: port, state directory, authorized_keys file, and ``compiled`` or ``pure`` for an agent
+with that pump, or ``local`` for :class:`conchkernel.localbackend.LocalBackend`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from twisted.python.failure import Failure
 
 from conchkernel import AuthorizedKeysChecker, GatewayFactory, KernelRealm
 from conchkernel.allocator import keepLargeBuffers
+from conchkernel.localbackend import LocalBackend
 from conchkernel.loopback import LoopbackBackend
 from conchkernel.ssh import hostkeys
 
@@ -25,11 +27,15 @@ if TYPE_CHECKING:
     from conchkernel.files import IFileStore
 
 
-def main(port: str, state: str, keys: str, pump: str) -> None:
+def main(port: str, state: str, keys: str, kind: str) -> None:
     """Serve until SIGTERM."""
     keepLargeBuffers()
     reactor: Any = installed
-    backend = LoopbackBackend(reactor, compiled=pump == "compiled")
+    backend: LocalBackend | LoopbackBackend
+    if kind == "local":
+        backend = LocalBackend(reactor)
+    else:
+        backend = LoopbackBackend(reactor, compiled=kind == "compiled")
 
     async def files(avatar: KernelAvatar) -> IFileStore:
         link = await avatar.link()

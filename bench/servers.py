@@ -261,12 +261,12 @@ class Loopback(Road):
     """The gateway without Jupyter: the agent is reached over a Unix socket."""
 
     name = "loopback"
-    pump = "compiled"
+    kind = "compiled"
 
     def _start(self) -> None:
         script = Path(__file__).with_name("loopback_gateway.py")
         command: list[str | Path] = [sys.executable, script, str(self.port)]
-        command += [self.directory / "state", self.home.authorized, self.pump]
+        command += [self.directory / "state", self.home.authorized, self.kind]
         environment = {**os.environ, "HOME": str(self.home.account)}
         self._server = self.spawn(command, cwd=_REPOSITORY, env=environment)
 
@@ -282,7 +282,7 @@ class Pure(Loopback):
     """The same with the pump's pure twin in the agent."""
 
     name = "pure"
-    pump = "pure"
+    kind = "pure"
 
 
 ROADS: dict[str, type[Road]] = {road.name: road for road in (Sshd, Gateway, Loopback, Pure)}

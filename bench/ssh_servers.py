@@ -1,9 +1,9 @@
 """Our SSH side beside other SSH servers, without any Jupyter: ``python -m bench.ssh_servers``.
 
-``ours`` is the gateway over the loopback backend, with its agent's processes; beside it sshd,
-asyncssh, paramiko and stock Conch run the same commands for the same OpenSSH client, interleaved,
-and every byte is compared. The figure of bulk is server CPU per GB: all processes of the server's,
-and for ``ours`` the agent's, which is told apart as well.
+``ours`` is the gateway over the backend of its own host; beside it sshd, asyncssh, paramiko and
+stock Conch run the same commands for the same OpenSSH client, interleaved, and every byte is
+compared. The figure of bulk is server CPU per GB: all processes of the server's. ``loopback`` has
+an agent as well, whose share is told apart.
 """
 
 from __future__ import annotations
@@ -38,9 +38,14 @@ Values = dict[str, float]
 
 
 class Ours(Loopback):
-    """The gateway and its agent."""
+    """The gateway, which runs the commands itself as the others do."""
 
     name = "ours"
+    kind = "local"
+
+    def processes(self, session_parent: int) -> dict[str, list[Process]]:
+        """There is one."""
+        return {"gateway": self._noticed(Process.of(self._server.pid))}
 
 
 class _Peer(Road):
@@ -70,8 +75,9 @@ class Conch(_Peer):
 
 
 SERVERS: dict[str, type[Road]] = {
-    server.name: server for server in (Sshd, Ours, Asyncssh, Paramiko, Conch)
+    server.name: server for server in (Sshd, Ours, Asyncssh, Paramiko, Conch, Loopback)
 }
+_USUAL = ["sshd", "ours", "asyncssh", "paramiko", "conch"]
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -469,7 +475,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ssh_servers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=_names(dict(TABLE)), default=list(TABLE))
-    parser.add_argument("--servers", type=_names(dict(SERVERS)), default=list(SERVERS))
+    parser.add_argument("--servers", type=_names(dict(SERVERS)), default=_USUAL)
     parser.add_argument("--quick", action="store_true", help="less of everything: a smoke test")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
     arguments = parser.parse_args()

@@ -39,6 +39,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loopback": {
         "allocator", "errors", "interfaces", "files", "wire", "remote", "jupyter", "_fastpty",
     },
+    # a backend without a kernel: the agent's programs on the gateway's own reactor
+    "localbackend": {
+        "errors", "interfaces", "files", "localfiles", "filepolicies", "wire", "remote", "jupyter",
+        "_fastpty",
+    },
     # the public test kit
     "testing": {"errors", "interfaces", "files", "wire", "remote", "avatars", "ssh", "jupyter"},
     # the edges

@@ -116,3 +116,17 @@ async def test_serviceExample(tmp_path: Path, localJupyter: LocalJupyter) -> Non
     finally:
         await service.stopService()
     assert not localJupyter.ask("api/kernels")
+
+
+@pytest_twisted.ensureDeferred
+async def test_hostExample(tmp_path: Path) -> None:
+    """And the door to this host leads to it."""
+    names = shown(ROOT / "docs" / "embedding.md")
+    private, authorized = sshKey(tmp_path)
+    endpoint = serverFromString(reactor, "tcp:0:interface=127.0.0.1")
+    backend, port = await names["serveThisHost"](reactor, tmp_path / "state", authorized, endpoint)
+    try:
+        said = await sshSays(port.getHost().port, private, "echo here; exit 3")
+        assert said == (b"here\n", b"", 3)
+    finally:
+        await names["stopServing"](backend, port)

@@ -464,6 +464,7 @@ class Link:
 class KernelStream:
     """One stream of a :class:`Link`: Twisted's words on one side, the wire's on the other.
 
+    :param link: woken when something was written, told to forget what is over.
     :ivar wire: the wire's stream; ``None`` if it could not be opened.
     :ivar over: nothing more is told.
     """
@@ -545,7 +546,7 @@ class KernelStream:
             known = RefusalCode.UNKNOWN_KIND
         self.lost(StreamRefused(known, str(message)[:1000]))
 
-    def wire_data(self, data: memoryview, extended: int) -> None:
+    def wire_data(self, data: bytes | memoryview, extended: int) -> None:
         """Output. The view is of a message of ours alone, so it may be kept."""
         if self.over:
             return

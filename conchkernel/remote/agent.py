@@ -8,7 +8,6 @@ work: it ends at the gateway's word, or when no gateway has been heard for the o
 
 from __future__ import annotations
 
-import errno
 import hmac
 import os
 import selectors
@@ -23,11 +22,13 @@ from collections.abc import Callable
 from typing import Any
 
 from conchkernel import wire
-from conchkernel.remote import listening
+from conchkernel.remote import listening, pump
+from conchkernel.remote.door import Door
 from conchkernel.remote.files import FileService
 from conchkernel.remote.pool import Pool
-from conchkernel.remote.process import CannotRun, Process
+from conchkernel.remote.process import Process
 from conchkernel.remote.service import SHORTAGE, UNKNOWN_KIND, CannotServe
+from conchkernel.remote.spawn import CannotRun
 
 MAX_SESSIONS = 64
 MAX_CARRIERS = 128
@@ -57,7 +58,8 @@ class Agent:
 
     def __init__(self, listener: socket.socket, secret: str, options: dict[str, Any]) -> None:
         self.options = options
-        self.processes: dict[int, Process] = {}
+        self.drain = pump.drain  # or its compiled twin, which stands there by now
+        self._processes: dict[int, Process] = {}
         self.sessions: dict[str, Session] = {}
         self.carriers: set[Carrier] = set()
         self._secret = secret.encode()
@@ -68,7 +70,7 @@ class Agent:
         self._dirty: set[Session] = set()
         self._look: set[Any] = set()
         self._posted: deque[Callable[[], None]] = deque()
-        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self.accept = Door().accept
         self.pool = Pool(self.post)
         self._wake_fd = -1
         self._orphan_timeout = float(options["orphan_timeout"])
@@ -164,33 +166,14 @@ class Agent:
         else:
             self._selector.register(fd, events)
 
+    def started(self, process: Process) -> None:
+        """Tell the process when its program has ended."""
+        self._processes[process.pid] = process
+
     def look_again(self, service: Any) -> None:
         """The service may have room to read on, once what is queued has gone."""
         self._look.add(service)
         self._dirty.add(service.session)
-
-    def accept(self, listener: socket.socket) -> tuple[socket.socket, Any] | None:
-        """The next connection and its address; ``None`` if there is none, or none can be had.
-
-        Out of descriptors, a connection that cannot be taken would wake the loop for ever: a spare
-        one lets it be taken and closed.
-        """
-        try:
-            return listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away(listener)
-            return None
-
-    def _turn_away(self, listener: socket.socket) -> None:
-        try:
-            if self._spare >= 0:
-                os.close(self._spare)
-                self._spare = -1
-                listener.accept()[0].close()
-            self._spare = os.open(os.devnull, os.O_RDONLY)
-        except OSError:
-            time.sleep(0.01)  # somebody else was quicker; the loop must not spin until it is better
 
     def _give_up(self, failed: Callable[[], None] | None) -> None:
         """End what met a defect; that it cannot be ended well ends nothing else."""
@@ -229,7 +212,7 @@ class Agent:
                 return
             if pid == 0:
                 return
-            process = self.processes.pop(pid, None)
+            process = self._processes.pop(pid, None)
             if process is not None:
                 process.reaped(status)
 

@@ -1,4 +1,4 @@
-"""The backends on which the behavioural suite runs: the agent alone, and every Jupyter stack."""
+"""The backends on which the suite runs: this host, the agent alone, and every Jupyter stack."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
 from conchkernel.jupyter.backends import JupyterBackend
+from conchkernel.localbackend import LocalBackend
 from conchkernel.loopback import LoopbackBackend
 
 from ..jupyters import STACKS
@@ -18,15 +19,16 @@ from ..jupyters import STACKS
 LOOPBACK = ["loopback-pure", "loopback-compiled"]
 
 
-@pytest.fixture(params=[*LOOPBACK, *STACKS], scope="module")
+@pytest.fixture(params=["local", *LOOPBACK, *STACKS], scope="module")
 def backend(request, tmp_path_factory):
     """A started backend; one for a module's tests, as one gateway serves many sessions."""
     name = request.param
-    if name in LOOPBACK:
+    environment = dict(os.environ, CONCHKERNEL_TEST="yes")
+    if name == "local":
+        made = LocalBackend(reactor, environment=environment)
+    elif name in LOOPBACK:
         made = LoopbackBackend(
-            reactor,
-            environment=dict(os.environ, CONCHKERNEL_TEST="yes"),
-            compiled=name == "loopback-compiled",
+            reactor, environment=environment, compiled=name == "loopback-compiled"
         )
     else:
         server = request.getfixturevalue("jupyters")[name]
