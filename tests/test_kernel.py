@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred
@@ -67,6 +69,7 @@ async def test_a_stop_while_a_kernel_is_started_leaves_none(tmp_path, takesIds, 
         secret="",
         orphanTimeout=1.0,
         memory=tmp_path / "kernel",
+        creation=nullcontext(),
     )
     carrying = Deferred.fromCoroutine(road.carry(None))
     for _ in range(answers):

@@ -34,12 +34,14 @@ from conchkernel.jupyter.kernel import KernelRoad
 from conchkernel.jupyter.link import Link
 from conchkernel.jupyter.proxy import RoadAgent, make_agent
 from conchkernel.jupyter.rest import JupyterClient, discover
+from conchkernel.jupyter.sharing import Sharing, Unshared
 from conchkernel.jupyter.uses import LinkUse
 
 _IDENTITY = "identity"
 _IDENTITY_BYTES = 32
 #: The name under which a single owner's kernel is kept; the realm uses the same.
 OWNER = "owner"
+UNSHARED = Unshared()
 
 
 def identity(stateDir: Path) -> bytes:
@@ -117,7 +119,8 @@ class UserKernel:
     async def _start(self) -> None:
         # A kernel of the same id may be on its way out.
         await self._backend.ended(self._user)
-        await self.link.start()
+        async with self._backend.sharing.turn:
+            await self.link.start()
 
     def _cancelled(self, waiting: Deferred[None]) -> None:
         if waiting in self._waiting:
@@ -148,20 +151,24 @@ class UserKernel:
         self._grace = None
         self._backend.end(self._user, self)
 
-    async def stop(self) -> None:
-        """End agent and kernel, unless another gateway uses them too."""
+    async def stop(self) -> int:
+        """End agent and kernel, unless another gateway uses them too.
+
+        :returns: how many others do, by the agent's count.
+        """
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
         if self._starting is not None:
             self._starting.cancel()
         others = await self.link.stop()
-        if others > 0:
-            return
-        try:
-            await self._road.remove()
-        except JupyterError as error:
-            self._log.warn("a kernel may be left behind: {error}", error=str(error))
+        # An agent that could not be asked has nobody, as far as can be seen from here.
+        if others == 0 or (others < 0 and self._backend.sharing.alone()):
+            try:
+                await self._road.remove()
+            except JupyterError as error:
+                self._log.warn("a kernel may be left behind: {error}", error=str(error))
+        return others
 
 
 @implementer(IBackend)
@@ -172,6 +179,9 @@ class JupyterBackend:
     :param stateDir: where the gateway's identity is kept.
     :param prestart: whose kernel :meth:`start` starts; ``None`` for nobody's.
     :param grace: seconds from the last use of a kernel to its end.
+    :param sharing: how to agree with other processes that have this identity. Each start takes
+        its turn; a stop is its caller's turn.
+    :ivar sessionsLeft: after a stop, how many sessions of others agents have told of.
     """
 
     _log = Logger()
@@ -189,10 +199,13 @@ class JupyterBackend:
         orphan_timeout: float = 120.0,
         grace: float = 60.0,
         prestart: str | None = OWNER,
+        sharing: Sharing = UNSHARED,
     ) -> None:
         self.reactor = reactor
         self.grace = grace
+        self.sharing = sharing
         self.stopping = False
+        self.sessionsLeft = 0
         self._urlText = urlText
         self._stateDir = Path(state_dir)
         self._kernelName = kernel_name
@@ -205,7 +218,7 @@ class JupyterBackend:
         self._client: JupyterClient | None = None
         self._identity = b""
         self._kernels: dict[str, UserKernel] = {}
-        self._ending: dict[str, Deferred[None]] = {}
+        self._ending: dict[str, Deferred[Any]] = {}
 
     async def start(self) -> None:
         """Find the server, check the token, start the first kernel. May be tried again.
@@ -242,8 +255,10 @@ class JupyterBackend:
         self.stopping = True
         kernels, self._kernels = self._kernels, {}
         endings = [Deferred.fromCoroutine(self.ended(user)) for user in self._ending]
-        endings += [Deferred.fromCoroutine(kernel.stop()) for kernel in kernels.values()]
+        stops = [Deferred.fromCoroutine(kernel.stop()) for kernel in kernels.values()]
         await DeferredList(endings, consumeErrors=True)
+        ended = await DeferredList(stops, consumeErrors=True)
+        self.sessionsLeft = sum(max(0, others) for success, others in ended if success)
         self._client = None
         agent, self._agent = self._agent, None
         if agent is not None:
@@ -273,7 +288,7 @@ class JupyterBackend:
     def end(self, user: str, kernel: UserKernel) -> None:
         """The user's kernel goes; the next use gets a new one, after this one's end."""
         self._kernels.pop(user, None)
-        done = Deferred.fromCoroutine(kernel.stop())
+        done: Deferred[Any] = Deferred.fromCoroutine(kernel.stop())
         done.addErrback(lambda failure: self._log.failure("removing a kernel", failure))
         self._ending[user] = done
 
@@ -311,6 +326,7 @@ class JupyterBackend:
             secret=secret,
             orphanTimeout=self._orphanTimeout,
             memory=self._stateDir / f"kernel-{agentId}",
+            creation=self.sharing.creation,
         )
         link = Link(
             self.reactor,

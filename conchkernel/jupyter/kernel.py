@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +175,8 @@ class KernelRoad:
 
     :param kernelId: the id that the kernel shall have (and has, where the server allows it).
     :param agentId: 16 hex digits, by which the relay finds the agent again.
-    :param memory: a file that remembers the id of a kernel whose id the server chose.
+    :param memory: a file that remembers a kernel whose id the server chose.
+    :param creation: held while one is made, for others who have the same identity.
     """
 
     _log = Logger()
@@ -190,12 +192,14 @@ class KernelRoad:
         secret: str,
         orphanTimeout: float,
         memory: Path,
+        creation: AbstractAsyncContextManager[Any],
     ) -> None:
         self._reactor = reactor
         self._client = client
         self._wantedId = kernelId
         self._kernelName = kernelName
         self._memory = memory
+        self._creation = creation
         self._start = {
             "id": agentId,
             "secret": secret,
@@ -225,10 +229,9 @@ class KernelRoad:
 
     async def _ensureKernel(self) -> str:
         await self._created()
-        for known in dict.fromkeys((self._kernel, self._remembered())):
-            if known is not None and await self._client.kernel(known) is not None:
-                self._kernel = known
-                return known
+        if await self._isKnown():
+            assert self._kernel is not None
+            return self._kernel
         creating = self._creating = Deferred.fromCoroutine(self._create())
         failures: list[Failure] = []
         creating.addErrback(failures.append)
@@ -255,32 +258,47 @@ class KernelRoad:
             creating.addCallback(ended)
             await over
 
+    async def _isKnown(self) -> bool:
+        """Whether the kernel that we had, or that is remembered, is still there."""
+        remembered, session = self._remembered()
+        for known in dict.fromkeys((self._kernel, remembered)):
+            if known is not None and await self._client.kernel(known) is not None:
+                self._kernel = known
+                self._sessionId = session if known == remembered else self._sessionId
+                return True
+        return False
+
     async def _create(self) -> None:
-        kernel = await self._client.create_kernel(self._kernelName, self._wantedId)
-        if kernel.id != self._wantedId:
-            # An older server chose an id itself. A session's path is the next best name.
-            kernel = await self._sessionKernel(kernel)
-        self._kernel = kernel.id
+        async with self._creation:
+            if await self._isKnown():
+                return  # by somebody else meanwhile
+            kernel = await self._client.create_kernel(self._kernelName, self._wantedId)
+            if kernel.id != self._wantedId:
+                # An older server chose an id itself. A session's path is the next best name.
+                kernel = await self._sessionKernel(kernel)
+            self._kernel = kernel.id
 
     async def _sessionKernel(self, unwanted: KernelModel) -> KernelModel:
         await self._client.delete_kernel(unwanted.id)
         path = f"conchkernel-{self._start['id']}"
         kernel = await self._client.create_session(path, self._kernelName)
         self._sessionId = kernel.session
-        if kernel.session is None:
-            self._remember(kernel.id)
+        # The session's path would lead to it too, but only by way of one more kernel.
+        self._remember(kernel)
         return kernel
 
-    def _remembered(self) -> str | None:
+    def _remembered(self) -> tuple[str | None, str | None]:
+        """The ids of a kernel and of its session."""
         try:
-            return self._memory.read_text("ascii").strip() or None
+            kernel, _, session = self._memory.read_text("ascii").strip().partition(" ")
         except (OSError, ValueError):
-            return None
+            return None, None
+        return kernel or None, session or None
 
-    def _remember(self, kernel_id: str) -> None:
+    def _remember(self, kernel: KernelModel) -> None:
         try:
             self._memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._memory.write_text(kernel_id + "\n", "ascii")
+            self._memory.write_text(f"{kernel.id} {kernel.session or ''}\n", "ascii")
         except OSError as error:
             # It serves this gateway all the same; only the next one will not find it.
             self._log.warn("a kernel's id cannot be remembered: {error}", error=str(error))

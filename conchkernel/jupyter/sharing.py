@@ -1,0 +1,153 @@
+"""Processes that share one kernel: whose turn it is, and whether anybody else is there.
+
+Each of several gateways with the same identity finds the same kernel and agent. The agent counts
+them, and the last one out takes both away. So that nobody comes in between a last farewell and the
+kernel's end, arriving and leaving are done in turns. Locks are flock(2): they end with the process
+that holds them, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from twisted.internet.task import deferLater
+
+from conchkernel.errors import ConfigurationError, LinkLost
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: Between two looks at a lock that somebody else has.
+_LOOK_SECONDS = 0.02
+#: Longer than a kernel may take to start; who has a lock for longer does not run any more.
+_PATIENCE_SECONDS = 90.0
+
+
+class Sharing(Protocol):
+    """How the users of one kernel agree with those in other processes."""
+
+    @property
+    def turn(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """To be had from before looking for the agent until attached to it."""
+
+    @property
+    def creation(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """To be had while a kernel is looked for and made; taken within a turn, or without one."""
+
+    def alone(self) -> bool:
+        """Whether no other process here uses the kernel, or is about to."""
+
+
+class Unshared:
+    """Nobody else has this identity; who does all the same is known by the agent's count."""
+
+    turn: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
+    creation: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
+
+    def alone(self) -> bool:
+        """As far as we know."""
+        return True
+
+
+class FileLock:
+    """A lock between processes, for ``async with``."""
+
+    def __init__(self, reactor: Any, path: Path) -> None:
+        self._reactor = reactor
+        self._path = path
+        self._held: int | None = None
+
+    async def __aenter__(self) -> None:
+        """:raises LinkLost: if it cannot be had for very long."""
+        fd = _open(self._path)
+        deadline = self._reactor.seconds() + _PATIENCE_SECONDS
+        try:
+            while not _lock(fd, fcntl.LOCK_EX):
+                if self._reactor.seconds() > deadline:
+                    raise LinkLost(
+                        f"another process has kept {self._path} locked for "
+                        f"{_PATIENCE_SECONDS:.0f} s; if it hangs, end it and try again"
+                    )
+                await deferLater(self._reactor, _LOOK_SECONDS)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._held = fd
+
+    async def __aexit__(self, *_: object) -> None:
+        fd, self._held = self._held, None
+        assert fd is not None
+        os.close(fd)
+
+
+class SharedState:
+    """What processes with the same state directory tell each other by files in it.
+
+    Made, it counts as a user until :meth:`close`.
+
+    :raises ConfigurationError: if the directory cannot be used.
+    """
+
+    def __init__(self, reactor: Any, directory: Path) -> None:
+        self.turn = FileLock(reactor, directory / "turn.lock")
+        self.creation = FileLock(reactor, directory / "creation.lock")
+        self._lingering = directory / "lingering.lock"
+        self._lingerer: int | None = None
+        self._users = _open(directory / "users.lock")
+        # Waits for no longer than somebody's question whether there are others.
+        fcntl.flock(self._users, fcntl.LOCK_SH)
+
+    def alone(self) -> bool:
+        """Whether no other process uses this directory. Asked while having the :attr:`turn`."""
+        alone = _lock(self._users, fcntl.LOCK_EX)
+        # Either way the shared lock is gone; nobody has missed it, for the turn is ours.
+        fcntl.flock(self._users, fcntl.LOCK_SH)
+        return alone
+
+    def takeLingering(self) -> bool:
+        """Become the one process that stays behind. Asked while having the :attr:`turn`.
+
+        :returns: false where there is one already; it then begins its waiting anew.
+        """
+        fd = _open(self._lingering)
+        os.utime(fd)
+        if not _lock(fd, fcntl.LOCK_EX):
+            os.close(fd)
+            return False
+        self._lingerer = fd
+        return True
+
+    def secondsSinceLastUse(self) -> float:
+        """For whoever lingers: since the last process asked whether it should."""
+        assert self._lingerer is not None
+        return max(0.0, time.time() - os.fstat(self._lingerer).st_mtime)
+
+    def stopLingering(self) -> None:
+        """Another process may stay behind. Idempotent."""
+        fd, self._lingerer = self._lingerer, None
+        if fd is not None:
+            os.close(fd)
+
+    def close(self) -> None:
+        """No user any more."""
+        self.stopLingering()
+        os.close(self._users)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be used: {error.strerror}") from None
+
+
+def _lock(fd: int, how: int) -> bool:
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
