@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from conchkernel import __version__
@@ -56,15 +58,54 @@ def parser() -> argparse.ArgumentParser:
         help="run COMMAND once by the ssh client, and exit with its status",
     )
     demo.add_argument("--verbose", action="store_true", help="log to stderr")
+
+    proxy = commands.add_parser(
+        "proxy",
+        help="speak SSH on stdin and stdout, for ssh to run",
+        description="What `conchkernel config-ssh NAME URL` has ssh run as its ProxyCommand. It "
+        "speaks SSH on stdin and stdout.",
+    )
+    _addName(proxy)
+    proxy.add_argument("--verbose", action="store_true", help="log to stderr")
     return top
+
+
+def _addName(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", metavar="NAME", help="what ssh calls the server")
+    command.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIRECTORY",
+        help="where names are kept "
+        "(default: $XDG_STATE_HOME/conchkernel or ~/.local/state/conchkernel)",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: parse, run, exit."""
     options = parser().parse_args(arguments)
-    from conchkernel import demo  # the reactor and Jupyter are not needed for --help
+    sys.exit(_COMMANDS[options.subcommand](options))
 
-    sys.exit(demo.main(port=options.port, command=options.run, verbose=options.verbose))
+
+# What a command needs is imported for that command only.
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from conchkernel import demo
+
+    return demo.main(port=options.port, command=options.run, verbose=options.verbose)
+
+
+def _proxy(options: argparse.Namespace) -> int:
+    from conchkernel import proxycommand
+
+    return proxycommand.main(options.name, options.state_dir, verbose=options.verbose)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "proxy": _proxy,
+}
 
 
 if __name__ == "__main__":

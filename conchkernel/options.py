@@ -26,6 +26,7 @@ from twisted.python import usage
 from conchkernel import __version__
 from conchkernel.errors import ConfigurationError
 from conchkernel.jupyter.urls import candidates
+from conchkernel.names import URL_VARIABLE, defaultStateDir
 from conchkernel.ssh.algorithms import Algorithms
 from conchkernel.ssh.checkers import AnonymousOwnerChecker
 from conchkernel.ssh.ciphers import CIPHERS, MACS
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 
 #: Where a gateway listens if it is not told: OpenSSH's alternative port, this host only.
 DEFAULT_PORT = 2222
-
-URL_VARIABLE = "CONCHKERNEL_JUPYTER_URL"
 
 
 def _helpText(option: Callable[..., None]) -> Callable[..., None]:
@@ -217,7 +216,7 @@ class Options(usage.Options, AuthOptionMixin):
         for name in ("jupyter-ca", "jupyter-url-file", "state-dir", "banner"):
             if self[name] is not None:
                 self[name] = Path(self[name]).absolute()
-        self["state-dir"] = self["state-dir"] or _defaultStateDir()
+        self["state-dir"] = self["state-dir"] or defaultStateDir()
         named = (self["jupyter-ca"], self["banner"], *self["host-certificate"])
         for path in (*named, *self["host-key"], *self["authorized-keys"]):
             if path is not None and not path.is_file():
@@ -285,13 +284,6 @@ def _checkURL(text: str) -> None:
 
 def _asBytes(text: str | bytes) -> bytes:
     return text.encode() if isinstance(text, str) else text
-
-
-def _defaultStateDir() -> Path:
-    home = os.environ.get("XDG_STATE_HOME", "")
-    # The specification says to ignore a relative path.
-    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
-    return base / "conchkernel"
 
 
 def _staysOnThisHost(description: str) -> bool:

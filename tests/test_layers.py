@@ -49,11 +49,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the edges
     "service": {"errors"},
     "values": {"ssh"},
-    "options": {"errors", "values", "ssh", "jupyter"},
+    "names": {"errors"},
+    "options": {"errors", "names", "values", "ssh", "jupyter"},
     "tap": {"errors", "stores", "options", "service", "avatars", "ssh", "jupyter"},
     "process": {"allocator", "errors", "service", "tap"},
     "demo": {"allocator", "errors", "stores", "service", "avatars", "ssh", "jupyter"},
-    "cli": {"demo"},
+    # one user's own ssh, without a daemon
+    "pipes": set(),
+    "attachment": {"errors", "names", "pipes", "stores", "avatars", "ssh", "jupyter"},
+    "proxycommand": {"allocator", "errors", "names", "attachment"},
+    "cli": {"demo", "proxycommand"},
     "": {"errors", "service", "avatars", "ssh", "jupyter"},
 }
 
@@ -61,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 STANDARD_LIBRARY_ONLY = {"wire", "remote", "errors"}
 
 #: The edges: whoever else needs the reactor is given it.
-MAY_IMPORT_THE_REACTOR = {"tap", "process", "demo", "cli"}
+MAY_IMPORT_THE_REACTOR = {"tap", "process", "demo", "proxycommand", "cli"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

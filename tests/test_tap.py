@@ -16,7 +16,7 @@ from zope.interface.verify import verifyObject
 
 from conchkernel import tap
 from conchkernel.errors import ConfigurationError
-from conchkernel.options import URL_VARIABLE
+from conchkernel.names import URL_VARIABLE
 from conchkernel.ssh.algorithms import Algorithms
 from conchkernel.ssh.checkers import AnonymousOwnerChecker, AuthorizedKeysChecker, TokenChecker
 from conchkernel.ssh.ciphers import CIPHERS
