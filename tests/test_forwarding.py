@@ -287,6 +287,24 @@ def test_aUnixSocketIsListenedAt(rig: Rig) -> None:
     assert rig.client.globalReplies == [b"", b""]
 
 
+def test_aListenerThatIsLostIsSoughtAgain(rig: Rig) -> None:
+    """At the port that the client knows, with whatever agent comes next; once."""
+    lost = rig.listen(bind(port=0))
+    rig.link.release()
+    lost.receiver.listenerLost(LinkLost("the agent is gone"))
+    again = rig.link.listeners[-1]
+    assert again is not lost
+    assert again.address == TCPAddress("localhost", lost.port)
+    again.connect("127.0.0.9", 4000)
+    assert rig.client.asked[0].data.startswith(bind(port=lost.port))
+    rig.client.globalRequest(b"cancel-tcpip-forward", bind(port=lost.port))
+    assert again.closed
+    rig.link.refusal = LinkLost("no kernel")
+    once = rig.link.listeners
+    again.receiver.listenerLost(LinkLost("gone"))
+    assert rig.link.listeners == once
+
+
 def test_anAddressThatIsTakenIsRefused(rig: Rig) -> None:
     """The client is told no, and others can still be had."""
     rig.link.refusal = StreamRefused(RefusalCode.CONNECT_FAILED, "Address already in use")

@@ -7,6 +7,7 @@ in a sentence that the log has too; what listens goes with the connection that a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from twisted.conch.ssh.connection import (
@@ -69,20 +70,26 @@ class Forwarded:
         self, user: ForwardingUser, name: bytes, extra: Callable[[Incoming], bytes]
     ) -> None:
         self.listener: IListener | None = None
+        self._address: Address
+        self._closed = False
         self._user = user
         self._name = name
         self._extra = extra
 
     def listen(self, address: Address) -> Deferred[IListener]:
         """Begin. Cancellable."""
-
-        def listening(listener: IListener) -> IListener:
-            self.listener = listener
-            return listener
-
+        self._address = address
         return self._user.link().addCallback(lambda link: link.listen(address, self)).addCallback(
-            listening
+            self._listening
         )
+
+    def _listening(self, listener: IListener) -> IListener:
+        self.listener = listener
+        if self._closed:
+            self.close()
+        elif isinstance(self._address, TCPAddress):
+            self._address = replace(self._address, port=listener.port)
+        return listener
 
     def connectionAccepted(self, incoming: Incoming) -> None:
         """Ask the client for a channel."""
@@ -96,12 +103,29 @@ class Forwarded:
             listener.refuse(incoming)
 
     def listenerLost(self, reason: Exception) -> None:
-        """The protocol has no word for this, so the log has."""
+        """The agent over there has ended. The protocol has no word for this, so it is listened
+        again with the next agent, once; what comes of it is in the log."""
         self.listener = None
-        self._log.warn("a forwarding from the kernel's host is lost: {why}", why=str(reason))
+        address = self._address
+        self._log.warn(
+            "nobody listens at {address} any more: {why}", address=named(address), why=str(reason)
+        )
+        # A socket of its own choice would be at another path, which nobody knows.
+        if not self._closed and not isinstance(address, PrivateSocket):
+            self.listen(address).addCallbacks(self._restored, self._notRestored)
+
+    def _restored(self, listener: IListener) -> None:
+        self._log.info("{address} is listened at again", address=named(self._address))
+
+    def _notRestored(self, reason: Failure) -> None:
+        reason.trap(ConchKernelError, CancelledError)
+        if not self._closed:
+            address = named(self._address)
+            self._log.warn("{address} is given up: {why}", address=address, why=str(reason.value))
 
     def close(self) -> None:
         """Listen no more; connections live on."""
+        self._closed = True
         listener, self.listener = self.listener, None
         if listener is not None:
             listener.close()
@@ -280,7 +304,7 @@ class Forwarding:
             self._log.info(
                 "{peer}: nobody listens at {address}: {why}",
                 peer=self._peer(),
-                address=_named(address),
+                address=named(address),
                 why=str(reason.value),
             )
         return False
@@ -335,7 +359,8 @@ def _bound(host: str, gatewayPorts: GatewayPorts) -> str:
     return host
 
 
-def _named(address: Address) -> str:
+def named(address: Address) -> str:
+    """An address for the log."""
     if isinstance(address, TCPAddress):
         return f"{address.host or '*'} port {address.port}"
     return printable(address.path) if isinstance(address, SocketPath) else "a private socket"
