@@ -263,7 +263,8 @@ _BULK = (
     Figure("MB/s", "MB/s", Target(0.4, at_least=True, of_sshd=True)),
     _CPU,
     Figure("50 streams", "MB/s"),
-    Figure("50 of one", "", Target(1.0, at_least=True)),
+    # Of what sshd keeps: with 50 channels it is the ssh client that takes twice the CPU per byte.
+    Figure("50 of one", "", Target(1.0, at_least=True, of_sshd=True)),
     Figure("CPU of 50", "s/GB"),
 )
 
