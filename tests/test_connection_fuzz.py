@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from conchkernel.avatars import KernelAvatar
+from conchkernel.errors import LinkLost
 from conchkernel.interfaces import ExitStatus
 from conchkernel.ssh.channel import CREDIT_CAP_BYTES, LOCAL_WINDOW_BYTES
 from conchkernel.ssh.fields import string
@@ -19,7 +20,9 @@ names = st.one_of(
     st.sampled_from([
         b"session", b"direct-tcpip", b"pty-req", b"env", b"shell", b"exec", b"subsystem",
         b"window-change", b"signal", b"break", b"eow@openssh.com", b"keepalive@openssh.com",
-        b"no-more-sessions@openssh.com", b"LANG", b"INT", b"sftp", b"xterm",
+        b"no-more-sessions@openssh.com", b"LANG", b"INT", b"sftp", b"xterm", b"tcpip-forward",
+        b"cancel-tcpip-forward", b"streamlocal-forward@openssh.com", b"/tmp/s", b"localhost",
+        b"direct-streamlocal@openssh.com", b"auth-agent-req@openssh.com", b"forwarded-tcpip",
     ]),
     st.binary(max_size=20),
 )  # fmt: skip
@@ -31,7 +34,7 @@ fields = st.one_of(
     st.sampled_from([string(b"x" * 32768), string(b"x" * 32769)]),
 )
 payloads = st.lists(fields, max_size=8).map(b"".join)
-ids = st.integers(0, 2).map(lambda number: struct.pack(">L", number))
+ids = st.integers(0, 5).map(lambda number: struct.pack(">L", number))
 
 
 def request(name: bytes, *parts: bytes) -> bytes:
@@ -41,8 +44,20 @@ def request(name: bytes, *parts: bytes) -> bytes:
 
 #: Messages as a client means them, so that the garbage meets channels that are alive.
 OPEN = (90, string(b"session") + struct.pack(">3L", 0, 1000, 32768))
+DIRECT = string(b"db") + struct.pack(">L", 5432) + string(b"127.0.0.1") + struct.pack(">L", 1)
+BIND = string(b"localhost") + struct.pack(">L", 0)
 sane = st.one_of(
     st.just(OPEN),
+    st.just((90, string(b"direct-tcpip") + struct.pack(">3L", 0, 1000, 32768) + DIRECT)),
+    st.sampled_from([
+        (80, request(b"tcpip-forward", BIND)),
+        (80, request(b"cancel-tcpip-forward", string(b"localhost"), struct.pack(">L", 49152))),
+        (80, request(b"streamlocal-forward@openssh.com", string(b"/tmp/s"))),
+        (80, request(b"cancel-streamlocal-forward@openssh.com", string(b"/tmp/s"))),
+    ]),
+    # answers to channels that we have asked for
+    st.tuples(st.just(91), ids.map(lambda one: one + struct.pack(">3L", 7, 1000, 32768))),
+    st.tuples(st.just(92), ids.map(lambda one: one + struct.pack(">L", 1) + string(b"") * 2)),
     st.tuples(st.just(94), st.builds(lambda one, two: one + string(two), ids, st.binary())),
     st.tuples(st.just(93), st.builds(lambda one, two: one + two, ids, numbers)),
     st.tuples(st.sampled_from([96, 97, 99, 100]), ids),
@@ -58,6 +73,7 @@ sane = st.one_of(
                 request(b"window-change", b"\0" * 16),
                 request(b"signal", string(b"INT")),
                 request(b"eow@openssh.com"),
+                request(b"auth-agent-req@openssh.com"),
                 request(b"pty-req", string(b"vt100"), b"\0" * 16, string(b"")),
             ]),
         ),
@@ -65,7 +81,9 @@ sane = st.one_of(
 )  # fmt: skip
 garbage = st.tuples(st.integers(80, 127), st.one_of(payloads, st.binary(max_size=64)))
 #: What happens on our side of the connection meanwhile.
-events = st.sampled_from(["pause", "resume", "output", "error", "end", "take", "answer"])
+events = st.sampled_from([
+    "pause", "resume", "output", "error", "end", "take", "answer", "connect", "lost",
+])  # fmt: skip
 
 
 class PlainClient(MemoryClient):
@@ -84,6 +102,13 @@ def happen(event: str, client: MemoryClient, backend: MemoryBackend) -> None:
     elif event == "answer":
         if backend.waiting:
             backend.answer()
+    elif event in ("connect", "lost"):
+        for listener in [one for link in backend.links for one in link.listeners]:
+            if not listener.closed and event == "connect":
+                listener.connect("127.0.0.1", 4000)
+            elif not listener.closed:
+                listener.closed = True
+                listener.receiver.listenerLost(LinkLost("gone"))
     else:
         streams: list[MemoryStream] = [one for link in backend.links for one in link.streams]
         for stream in streams:
@@ -118,4 +143,5 @@ def test_anyConversation(steps: list[tuple[int, bytes] | str], slow: bool) -> No
             assert len(channel._early) <= LOCAL_WINDOW_BYTES
     client.lose()
     assert all(link.released for link in backend.links)
+    assert all(listener.closed for link in backend.links for listener in link.listeners)
     assert backend.waiting == []
