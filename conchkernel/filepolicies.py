@@ -72,6 +72,7 @@ class ReadOnlyFileStore:
     def __init__(self, store: IFileStore) -> None:
         self._store = store
         self.home: bytes = store.home
+        self.bytesUnderWay: int = store.bytesUnderWay
         self.features: frozenset[str] = store.features - {"hardlinks", "sync", "offset-writes"}
         self.stat = store.stat
         self.listDirectory = store.listDirectory
@@ -139,6 +140,7 @@ class JailedFileStore:
         self._root = root
         self._realRoot: bytes | None = None
         self.features: frozenset[str] = store.features
+        self.bytesUnderWay: int = store.bytesUnderWay
         begin, home = root.rstrip(b"/") + b"/", store.home.rstrip(b"/") + b"/"
         #: The store's own, if it is within.
         self.home = b"/" + home[len(begin) :].rstrip(b"/") if home.startswith(begin) else b"/"

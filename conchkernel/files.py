@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
 
 
+#: READs and WRITEs under way, where a store has no reason for less: 32 of the largest size, which
+#: is 400 MB/s over 20 ms.
+BYTES_UNDER_WAY = 8 * 1024 * 1024
+
+
 class FileProblem(enum.Enum):
     """Why a store would not do something; the SSH side maps it to SFTP status codes once."""
 
@@ -151,6 +156,9 @@ class IFileStore(Interface):
     """Files. Each method returns a Deferred, cancellable, failing with :class:`FileStoreError`."""
 
     home = Attribute("The directory in which a session begins: bytes, absolute.")
+    bytesUnderWay = Attribute(
+        "int: how many bytes of READs and WRITEs may be under way; more would only fill memory."
+    )
     features = Attribute(
         "frozenset of str: which of 'modes', 'links', 'hardlinks', 'statvfs', 'sync', 'times', "
         "'offset-writes' the store can do; the rest fails with FileProblem.UNSUPPORTED."

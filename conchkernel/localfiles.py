@@ -20,6 +20,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from conchkernel.files import (
+    BYTES_UNDER_WAY,
     Attributes,
     Entry,
     FileProblem,
@@ -229,6 +230,7 @@ class DirectoryFileStore:
     :param reactor: with one, what may take long is done in its threads.
     """
 
+    bytesUnderWay = BYTES_UNDER_WAY
     features = frozenset(
         {"modes", "links", "hardlinks", "statvfs", "sync", "times", "offset-writes"}
     )

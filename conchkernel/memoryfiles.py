@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from zope.interface import implementer
 
 from conchkernel.files import (
+    BYTES_UNDER_WAY,
     Attributes,
     Entry,
     FileProblem,
@@ -169,6 +170,7 @@ class MemoryFileStore:
     """
 
     home = b"/home/joe"
+    bytesUnderWay = BYTES_UNDER_WAY
 
     def __init__(self, features: frozenset[str] | None = None) -> None:
         self.features = (

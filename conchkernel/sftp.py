@@ -20,6 +20,7 @@ from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
 from zope.interface import implementer
 
 from conchkernel.files import (
+    BYTES_UNDER_WAY,
     Attributes,
     Entry,
     FileProblem,
@@ -356,6 +357,8 @@ class ServerStore:
     Renaming without replacing looks first and renames then, since ISFTPServer does not say what
     its own does. Nothing can be set on a link.
     """
+
+    bytesUnderWay = BYTES_UNDER_WAY
 
     def __init__(self, server: Any, home: bytes, extensions: frozenset[Any]) -> None:
         self.home = home

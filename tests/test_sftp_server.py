@@ -632,6 +632,21 @@ def test_bytesUnderWayAreBounded(sftp: SftpClient, store: MemoryFileStore) -> No
     assert sftp.channel.remoteWindow > 1_900_000
 
 
+def test_aStoreMayWantLessUnderWay(store: MemoryFileStore) -> None:
+    """What a store does not want yet waits with the client."""
+    store.bytesUnderWay = 500_000
+    sftp = SftpClient(store)
+    handle = sftp.open(b"/file", R | W | CREATE)
+    store.delayed = True
+    data = bytes(100_000)
+    for number in range(10):
+        sftp.request(Kind.WRITE, handle, uint64(number * len(data)), string(data))
+    assert len(store.waiting) == 5
+    while store.waiting:
+        store.release()
+    assert {answer.code for answer in sftp.take()} == {Status.OK}
+
+
 def test_answersWaitForTheClient(store: MemoryFileStore) -> None:
     """A client that takes nothing makes us read no further, and gets all when it does."""
     sftp = SftpClient(store, window=1 << 16)

@@ -19,6 +19,7 @@ from zope.interface import implementer
 
 from conchkernel.errors import LinkLost
 from conchkernel.files import (
+    BYTES_UNDER_WAY,
     Attributes,
     FileProblem,
     FileStoreError,
@@ -59,6 +60,7 @@ class AgentFileStore:
     """
 
     home = b"/"
+    bytesUnderWay = BYTES_UNDER_WAY
     features: frozenset[str] = frozenset()
 
     def __init__(self, clock: Any, link: Link) -> None:

@@ -52,6 +52,9 @@ MAX_KNOWN = 4096
 MAX_LOOKED_AT = 256
 #: Entries handed out at once.
 _BATCH = 128
+#: Of what is written and waits, some chunks: the server takes 100 MB/s at best, and what is beyond
+#: waits no worse with the client.
+_BYTES_UNDER_WAY = 2 * 1024 * 1024
 #: Bytes copied at once by copy-data.
 _COPY_BYTES = 256 * 1024
 
@@ -111,6 +114,7 @@ class ContentsFileStore:
     _log = Logger()
 
     home = b"/"
+    bytesUnderWay = _BYTES_UNDER_WAY
     features = frozenset({"offset-writes", "sync"})
 
     def __init__(

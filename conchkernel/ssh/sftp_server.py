@@ -15,6 +15,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from conchkernel.errors import ConchKernelError
+from conchkernel.files import BYTES_UNDER_WAY
 from conchkernel.interfaces import ExitStatus
 from conchkernel.ssh import sftp_packets as packets
 from conchkernel.ssh.channel import printable
@@ -44,9 +45,8 @@ if TYPE_CHECKING:
 MAX_UNDER_WAY = 128
 #: Requests whose answers wait for that of an earlier one.
 MAX_ROW = 1024
-#: Bytes under way: of WRITEs, of READs as they asked for, of answers that wait. 32 requests of the
-#: largest size, which is 400 MB/s over 20 ms.
-MAX_BYTES_UNDER_WAY = 8 * 1024 * 1024
+#: Bytes under way, whatever a store says: of WRITEs, of READs as they asked for.
+MAX_BYTES_UNDER_WAY = BYTES_UNDER_WAY
 #: Answers that wait for the client, beyond which no request is begun: more of them would make
 #: nothing faster.
 MAX_ANSWER_BYTES = 1024 * 1024
@@ -85,6 +85,7 @@ class ServedFiles:
         self._requests: Requests | None = None
         self._tasks: dict[Task, None] = {}
         self._bytesUnderWay = 0
+        self._maxBytesUnderWay = MAX_BYTES_UNDER_WAY
         self._answers = Answers(channel.write)
         self._taken = 0
         # What need not wait any more, while others are being begun.
@@ -104,6 +105,7 @@ class ServedFiles:
             _forget(maybeDeferred(store.close))
             return
         self._store = store
+        self._maxBytesUnderWay = min(MAX_BYTES_UNDER_WAY, store.bytesUnderWay)
         self._requests = Requests(store, self._handles, self._clock)
         self._turn()
 
@@ -214,7 +216,7 @@ class ServedFiles:
             and self._answers.bytes < MAX_ANSWER_BYTES
             and len(tasks) < MAX_UNDER_WAY
             and len(self._answers.row) < MAX_ROW
-            and self._bytesUnderWay < MAX_BYTES_UNDER_WAY
+            and self._bytesUnderWay < self._maxBytesUnderWay
         ):
             request = nextRequest()
             if request is None:
