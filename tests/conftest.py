@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from twisted.logger import LogEvent
     from twisted.python.failure import Failure
 
-#: Servers of other ages and kinds than the one that is installed beside us.
-pytest_plugins = ("tests.jupyters",)
+#: Servers of other ages and kinds than the one that is installed beside us; and what tunnels
+#: lead to.
+pytest_plugins = ("tests.jupyters", "tests.peers")
 
 
 class LoggedFailures:

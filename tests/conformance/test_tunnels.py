@@ -29,78 +29,9 @@ from conchkernel.interfaces import (
 )
 
 from ..collector import PATIENCE_SECONDS, Collector
+from ..peers import answer, echo, received, reset
 
 EVERY_BYTE = bytes(range(256)) * 4097
-
-
-class Peer:
-    """A server in a thread: what is done with each connection is a function."""
-
-    def __init__(self, serve, address=("127.0.0.1", 0), family=socket.AF_INET, backlog=64):
-        self.listener = socket.socket(family)
-        self.listener.bind(address)
-        self.listener.listen(backlog)
-        self.address = self.listener.getsockname()
-        self._serve = serve
-        self._connections = []
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    @property
-    def tcp(self):
-        return TCPAddress("127.0.0.1", self.address[1])
-
-    def _run(self):
-        while True:
-            try:
-                connection, _ = self.listener.accept()
-            except OSError:
-                return
-            connection.settimeout(PATIENCE_SECONDS)
-            self._connections.append(connection)
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def close(self):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        for connection in self._connections:
-            connection.close()
-
-
-def received(connection):
-    """All until EOF."""
-    data = bytearray()
-    while piece := connection.recv(65536):
-        data += piece
-    return bytes(data)
-
-
-def echo(connection):
-    """Give back what comes, to its end."""
-    while piece := connection.recv(65536):
-        connection.sendall(piece)
-    connection.close()
-
-
-def answer(connection):
-    """Read all there is, then tell its digest."""
-    connection.sendall(hashlib.sha256(received(connection)).digest())
-    connection.close()
-
-
-@pytest.fixture
-def serving():
-    """Start peers that end with the test."""
-    peers = []
-
-    def start(serve, *args, **kwargs):
-        peer = Peer(serve, *args, **kwargs)
-        peers.append(peer)
-        return peer
-
-    yield start
-    for peer in peers:
-        peer.close()
 
 
 def connect(link, address):
@@ -273,8 +204,7 @@ async def test_a_reset_is_no_ordinary_end(link, serving):
     def resets(connection):
         connection.sendall(b"before")
         connection.recv(1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        connection.close()
+        reset(connection)
 
     collector = connect(link, serving(resets).tcp)
     await collector.untilOutput(b"before")

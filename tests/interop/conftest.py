@@ -47,6 +47,14 @@ def until(condition: Callable[[], Any], what: str = "it") -> Any:
     return value
 
 
+def free_port() -> int:
+    """A port of loopback where nobody listens, for programs that must be told one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 class Ran(NamedTuple):
     """How a client's run ended."""
 
@@ -157,16 +165,27 @@ class Host:
                         stream.close()
 
     @contextlib.contextmanager
-    def master(self) -> Iterator[str]:
+    def master(self, *options: str) -> Iterator[str]:
         """A connection to be shared; gives the option for ``ssh`` that uses it."""
         path = self.home / f"{self.name}.master"
         option = f"-S{path}"
-        with self.started("-M", option, "-N"):
+        with self.started("-M", option, "-N", *options) as client:
             until(path.exists, "the master listens")
             try:
                 yield option
             finally:
                 self.ssh(option, "-Oexit")
+                # Not killed before it has removed its socket.
+                client.wait(PATIENCE)
+
+    @contextlib.contextmanager
+    def forwarding(self, *options: str) -> Iterator[str]:
+        """A connection that forwards (``-L...``, ``-R...``, ``-D...``) and does nothing else;
+        gives the port that was chosen for ``-R0:...``, as the client prints it."""
+        with self.master() as option:
+            made = self.ssh(option, "-Oforward", *options)
+            assert (made.status, made.err) == (0, "")
+            yield made.text.strip()
 
 
 @dataclass
@@ -305,23 +324,22 @@ def contents_gateway(
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def sshd(client_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """OpenSSH's own server, as Debian sets it up but for the port, keys and ``MY_*``."""
+@contextlib.contextmanager
+def running_sshd(name: str, directory: Path, client_home: Path, *lines: str) -> Iterator[Host]:
+    """OpenSSH's own server, as Debian sets it up but for the port, keys and ``MY_*``.
+
+    :param lines: of sshd_config(5). The first line of a kind counts, and these are the first.
+    """
     program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
     assert program is not None, "these tests compare with sshd: apt install openssh-server"
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    directory = tmp_path_factory.mktemp("sshd")
     subprocess.run(
         ["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", directory / "host"], check=True, timeout=20
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = directory / "config"
-    config.write_text(
-        f"""\
+    usual = f"""\
 ListenAddress 127.0.0.1:{port}
 HostKey {directory}/host
 AuthorizedKeysFile {client_home}/key.pub
@@ -335,7 +353,7 @@ AcceptEnv LANG LC_* COLORTERM MY_*
 SetEnv HOME={directory}
 Subsystem sftp internal-sftp
 """
-    )
+    config.write_text("".join(f"{line}\n" for line in lines) + usual)
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [program, "-D", "-e", "-f", str(config)],
@@ -350,12 +368,19 @@ Subsystem sftp internal-sftp
             return b"Server listening" in (directory / "log").read_bytes()
 
         until(listens, "sshd listens")
-        made = Host("sshd", port, client_home)
+        made = Host(name, port, client_home)
         made.write_config()
         yield made
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def sshd(client_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """What knows what is right."""
+    with running_sshd("sshd", tmp_path_factory.mktemp("sshd"), client_home) as made:
+        yield made
 
 
 @pytest.fixture(params=["sshd", "gateway"])
