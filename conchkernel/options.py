@@ -103,7 +103,8 @@ class Options(usage.Options, AuthOptionMixin):
         ["files", None, "auto", "Where sftp and scp find files: on the kernel's host through the "
          "'agent', below Jupyter's root through its 'contents' API, or 'auto': the one that "
          "works.", Value("files", oneOf("auto", "agent", "contents"))],
-        ["sftp-root", None, None, "A directory that sftp sessions see as / and cannot leave.",
+        ["sftp-root", None, None, "A directory that sftp sessions see as / and cannot leave; but "
+         "through the 'contents' API they follow links that are there.",
          Value("sftp-root", absolutePath)],
         ["orphan-timeout", None, 120.0, "Time that shells survive a gateway that has died.",
          Value("orphan-timeout", seconds)],

@@ -22,11 +22,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -57,6 +58,7 @@ class RunningJupyter:
     stack: str
     root_dir: Path
     """What its file API shows; empty at first."""
+    _spawn: Callable[[], subprocess.Popen[bytes]] = field(repr=False)
     _process: subprocess.Popen[bytes] = field(repr=False)
     _home: Path = field(repr=False)
     _mark: str = field(repr=False)
@@ -70,6 +72,13 @@ class RunningJupyter:
     def log(self) -> str:
         """What the server has printed."""
         return (self._home / "log").read_text(errors="replace")
+
+    def restart(self) -> None:
+        """Start it once more where it was, after somebody has killed it."""
+        self._process.wait(_STOP_SECONDS)
+        self._process = self._spawn()
+        self.pid = self._process.pid
+        _wait(self)
 
     def stop(self) -> None:
         """End it and whatever it started, and remove its files. Idempotent."""
@@ -196,24 +205,26 @@ def _start(stack: str, python: Path, base_url: str, token: str) -> RunningJupyte
         command += ["--ServerApp.open_browser=False", "--allow-root"]
         # Else it answers only to requests for the names of this machine.
         command += ["--ServerApp.allow_remote_access=True"]
-    with open(home / "log", "wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            env=_environment(home, python) | {
-                "JUPYTER_TOKEN": token,
-                "KG_AUTH_TOKEN": token,
-                _MARK: mark,
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    environment = _environment(home, python)
+    environment |= {"JUPYTER_TOKEN": token, "KG_AUTH_TOKEN": token, _MARK: mark}
+
+    def spawn() -> subprocess.Popen[bytes]:
+        with open(home / "log", "ab") as log:
+            return subprocess.Popen(
+                command,
+                cwd=root,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    process = spawn()
     url = f"http://127.0.0.1:{port}{base_url}"
-    running = RunningJupyter(url, token, process.pid, stack, root, process, home, mark)
+    running = RunningJupyter(url, token, process.pid, stack, root, spawn, process, home, mark)
     try:
-        _wait(running, port, base_url)
+        _wait(running)
     except BaseException:
         running.stop()
         raise
@@ -236,8 +247,9 @@ def _environment(home: Path, python: Path) -> dict[str, str]:
     return environment
 
 
-def _wait(running: RunningJupyter, port: int, base_url: str) -> None:
+def _wait(running: RunningJupyter) -> None:
     """Until the server answers for itself."""
+    where = urlsplit(running.url)
     deadline = time.monotonic() + _START_SECONDS
     while True:
         if running._process.poll() is not None:
@@ -245,10 +257,10 @@ def _wait(running: RunningJupyter, port: int, base_url: str) -> None:
             if "already in use" in told:
                 raise _PortTaken(told)
             raise RuntimeError(f"the {running.stack} server ended at once:\n{told}")
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection = http.client.HTTPConnection(where.netloc, timeout=5)
         try:
             headers = {"Authorization": f"token {running.token}"}
-            connection.request("GET", f"{base_url}api", headers=headers)
+            connection.request("GET", f"{where.path}api", headers=headers)
             answer = connection.getresponse()
             if answer.status == 200 and "version" in json.loads(answer.read()):
                 return

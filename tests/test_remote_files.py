@@ -254,6 +254,21 @@ def test_the_first_request_may_be_the_longest(converse):
     assert talk.ask(fw.STAT, b"/" * (fw.MAX_RECORD - fw.COUNTED))[0] == "NAME_TOO_LONG"
 
 
+def test_the_longest_requests_beside_typing(converse, tmp_path):
+    """While somebody types less is let on the road at once than one of them has; each gets done."""
+    talk = converse()
+    path = os.fsencode(tmp_path / "file")
+    assert talk.open(path, WRITE | CREATE) == ""
+    talk.agent.typed_at = float("inf")
+    assert talk.agent.streams[talk.stream.id].cap < fw.MAX_TRANSFER
+    for index in range(12):
+        head = fw.WRITE_HEAD.pack(1, index * fw.MAX_TRANSFER)
+        talk.send(fw.WRITE, head, bytes([index]) * fw.MAX_TRANSFER)
+    assert [talk.answer()[1] for _ in range(12)] == [""] * 12
+    expected = b"".join(bytes([index]) * fw.MAX_TRANSFER for index in range(12))
+    assert (tmp_path / "file").read_bytes() == expected
+
+
 def test_a_handle_twice_is_a_violation(converse, tmp_path):
     """A number in use cannot be opened again."""
     (tmp_path / "file").touch()

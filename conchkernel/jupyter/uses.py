@@ -8,6 +8,7 @@ from zope.interface import implementer
 
 from conchkernel.interfaces import IKernelLink
 from conchkernel.jupyter import openings
+from conchkernel.jupyter.lastingfiles import LastingFileStore
 from conchkernel.jupyter.link import EVERYTHING
 from conchkernel.jupyter.listener import KernelListener
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         SocketPath,
         TCPAddress,
     )
+    from conchkernel.jupyter.agentfiles import AgentFileStore
     from conchkernel.jupyter.link import KernelStream, Link
 
 
@@ -60,9 +62,17 @@ class LinkUse:
 
     def openFiles(self, root: bytes | None, readOnly: bool) -> Deferred[IFileStore]:
         """See :class:`IKernelLink`."""
-        store = self._link.openFiles(root, readOnly)
-        self._kept(store.stream)
-        return store.ready
+
+        def begin() -> AgentFileStore:
+            store = self._link.openFiles(root, readOnly)
+            self._kept(store.stream)
+            return store
+
+        def again() -> AgentFileStore | None:
+            return None if self._whenReleased is None else begin()
+
+        first = begin()
+        return first.ready.addCallback(lambda _: LastingFileStore(first, again))
 
     def _open(self, parameters: dict[str, Any], receiver: Any) -> KernelStream:
         return self._kept(self._link.open(parameters, receiver))

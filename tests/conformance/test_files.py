@@ -811,6 +811,32 @@ async def test_releasing_the_link_closes_its_stores(place):
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_store_outlives_its_stream(place):
+    """What was open is lost; what names a path is done as soon as there is a stream again."""
+    path = await place.put(b"file", bytes(100_000))
+    use = await place.backend.connect("owner")
+    store = await use.openFiles(None, False)
+    file = await store.open(path, READ | WRITE, NOTHING)
+    await file.write(0, b"x")
+    store._store.stream.write(bytes(9))  # which is no request
+    with problem(FileProblem.CONNECTION_LOST):
+        await store.stat(path)
+    for request in (lambda: read(file, 0, 1), lambda: file.write(0, b"y"), file.close):
+        with problem(FileProblem.CONNECTION_LOST):
+            await request()
+    assert (await store.stat(path)).size == 100_000
+    with problem(FileProblem.CONNECTION_LOST):
+        await read(file, 0, 1)
+    again = await store.open(path, READ, NOTHING)
+    assert await read(again, 0, 2) == b"x\0"
+    await again.close()
+    use.release()
+    await DeferredList([store.stat(path)], consumeErrors=True)
+    with problem(FileProblem.CONNECTION_LOST):
+        await store.stat(path)
+
+
+@pytest_twisted.ensureDeferred
 async def test_jailed_and_read_only(place):
     """A root that is not left, and files that are not changed."""
     (place.host / "jail").mkdir()

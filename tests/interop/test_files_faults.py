@@ -176,6 +176,62 @@ def test_the_road_breaks(frail: Far, tmp_path: Path, fault: Callable[[Far], None
         assert (frail.root / "small").read_bytes() == b"small"
 
 
+def kill_the_agent(far: Far) -> None:
+    """With all that it runs."""
+    far.host.road().processes["agent"].kill()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fault", [kill_the_agent, stop_for_a_while])
+def test_a_store_that_comes_back_is_used_again(
+    gateway: GatewayHost, tmp_path: Path, fault: Callable[[Far], None]
+) -> None:
+    """By the same connection, in the session that it was lost under and in a new one."""
+    far = far_on(gateway, "agent", tmp_path)
+    (far.root / "file").write_bytes(BULK)
+    with client_of(gateway) as client, gateway.master() as option:
+        lost = client.open(f"{far.path}/file")
+        fault(far)
+        if fault is kill_the_agent:
+            with pytest.raises(OSError, match=r"."):
+                lost.read(100)
+        assert until(lambda: listed(client, far.path), "there are files again") == ["file"]
+        with client.open(f"{far.path}/file") as file:
+            assert file.read() == BULK
+        with client.open(f"{far.path}/new", "w") as file:
+            file.write(BULK)
+        assert (far.root / "new").read_bytes() == BULK
+        batch = f"get {far.path}/new {tmp_path}/back\n".encode()
+        path = f"-oControlPath={option.removeprefix('-S')}"
+        words = ["sftp", "-F", str(gateway.config), path, "-b", "-", gateway.name]
+        assert gateway.run(words, given=batch).status == 0
+        assert (tmp_path / "back").read_bytes() == BULK
+
+
+def listed(client: paramiko.SFTPClient, path: str) -> list[str] | None:
+    """What is in a directory; ``None`` where nobody can tell."""
+    try:
+        return client.listdir(path)
+    except OSError:
+        return None
+
+
+def test_jupyter_comes_back_within_a_minute(client_home: Path, tmp_path: Path) -> None:
+    """The agent has kept the files open: the same transfers go on and are whole."""
+    server = start_jupyter("current")
+    options = ["--files", "agent", "--authorized-keys", str(client_home / "key.pub")]
+    try:
+        with running("returning", tmp_path, client_home, server, *options) as made:
+            far = far_on(made, "agent", tmp_path)
+            with transfer(far, tmp_path, "put") as put, transfer(far, tmp_path, "get") as get:
+                kill_jupyter(far)
+                server.restart()
+                for process, target in (put, get):
+                    assert process.wait(2 * PATIENCE) == 0
+                    assert target.read_bytes() == LARGE
+    finally:
+        server.stop()
+
+
 # --- what a store refuses --------------------------------------------------------------------
 
 
@@ -225,6 +281,82 @@ def test_a_full_disk(far: Far, tmp_path: Path) -> None:
         (tmp_path / "up").write_bytes(BULK[:500_000])
         assert far.host.run([*scp, str(tmp_path / "up"), f"{to}/up"]).status == 0
         assert (far.root / "disk/up").read_bytes() == BULK[:500_000]
+
+
+@contextlib.contextmanager
+def rationed(directory: Path, image: Path) -> Iterator[None]:
+    """A file system on which not even root may have more than a mebibyte."""
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    directory.mkdir()
+
+    def do(*words: str | Path) -> None:
+        subprocess.run(words, check=True, timeout=20, capture_output=True)
+
+    do("mkfs.btrfs", "-q", image)
+    do("mount", "-o", "loop", image, directory)
+    try:
+        do("btrfs", "quota", "enable", directory)
+        do("btrfs", "qgroup", "limit", "1M", directory)
+        yield
+    finally:
+        do("umount", "-l", directory)
+        image.unlink()
+
+
+def test_a_quota(far: Far, tmp_path: Path) -> None:
+    """An error that names it, by the end of the put."""
+    (tmp_path / "up").write_bytes(BULK)
+    with rationed(far.root / "disk", tmp_path / "image"):
+        words = ["scp", "-q", "-F", str(far.host.config), str(tmp_path / "up")]
+        ran = far.host.run([*words, f"{far.host.name}:{far.path}/disk/up"])
+        assert (ran.status, ran.out) == (1, b"")
+        assert ran.err
+        if far.store != "sshd":
+            assert "quota" in ran.err.lower()
+            with client_of(far.host) as client:
+                with pytest.raises(OSError, match=r"(?i)quota"):
+                    fill(client, f"{far.path}/disk/other")
+
+
+def rest_of(file: paramiko.SFTPFile) -> bytes | str:
+    """What is left to read of a file, or that it has changed."""
+    try:
+        return file.read()
+    except OSError as error:
+        return "changed" if "changed" in str(error) else str(error)
+
+
+def test_a_file_that_changes_underneath(far: Far) -> None:
+    """What is read is of the old or of the new file, or there is an error; then it is the new."""
+    path = far.root / "file"
+    old, new = bytes(len(BULK)), b"\xff" * len(BULK)
+    path.write_bytes(old)
+    with client_of(far.host) as client:
+        with client.open(f"{far.path}/file") as file:
+            assert file.read(100_000) == old[:100_000]
+            (far.root / "new").write_bytes(new)
+            (far.root / "new").rename(path)
+            rest = rest_of(file)
+        assert rest == old[100_000:] or (far.store == "contents" and rest == "changed")
+        with client.open(f"{far.path}/file") as file:
+            assert file.read() == new
+
+
+@pytest.mark.parametrize("size", [7, 100_000])
+def test_a_file_that_gets_shorter_underneath(far: Far, size: int) -> None:
+    """The end is where it is now, or there is an error: nothing is made up."""
+    path = far.root / "file"
+    path.write_bytes(BULK[:size])
+    with client_of(far.host) as client, client.open(f"{far.path}/file") as file:
+        assert file.read(3) == BULK[:3]
+        os.truncate(path, 5)
+        rest = rest_of(file)
+        # paramiko may have read on, and a small file came whole with its OPEN.
+        known = rest in (BULK[3:5], BULK[3:size])
+        assert known or (far.store == "contents" and rest == "changed")
+        with client.open(f"{far.path}/file") as again:
+            assert again.read() == BULK[:5]
 
 
 def test_a_read_only_disk(far: Far) -> None:
