@@ -88,6 +88,14 @@ def received(connection: socket.socket) -> bytes:
     return bytes(data)
 
 
+def taken(connection: socket.socket, count: int) -> bytes:
+    """So many bytes, or fewer if the end comes before."""
+    data = bytearray()
+    while len(data) < count and (piece := connection.recv(min(65536, count - len(data)))):
+        data += piece
+    return bytes(data)
+
+
 def echo(connection: socket.socket) -> None:
     """Give back what comes, to its end."""
     while piece := connection.recv(65536):

@@ -28,7 +28,7 @@ def connected(
     host: Host, script: Callable[[asyncssh.SSHClientConnection], Awaitable[Any]], **options: Any
 ) -> Any:
     """Run a script over a connection of its own; what it returns."""
-    options = {"client_keys": [str(host.key)], "username": getpass.getuser(), **options}
+    usual = {"client_keys": [str(host.key)], "username": getpass.getuser(), "agent_path": None}
 
     async def run() -> Any:
         async with asyncssh.connect(
@@ -36,8 +36,7 @@ def connected(
             host.port,
             known_hosts=str(host.home / f"{host.name}.known"),
             config=None,
-            agent_path=None,
-            **options,
+            **(usual | options),
         ) as connection:
             return await script(connection)
 
