@@ -304,8 +304,13 @@ class GatewayConnection(SSHConnection):
             )
         return channel
 
+    @property
+    def channelCount(self) -> int:
+        """Channels of all kinds, open or opening."""
+        return len(self.channels) + len(self._opening)
+
     def _checkChannels(self) -> None:
-        if len(self.channels) + len(self._opening) >= MAX_CHANNELS:
+        if self.channelCount >= MAX_CHANNELS:
             raise ChannelRefused(OPEN_RESOURCE_SHORTAGE, "too many channels")
 
     def _checkSessions(self) -> None:

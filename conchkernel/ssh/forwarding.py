@@ -29,7 +29,7 @@ from conchkernel.interfaces import (
 from conchkernel.ssh.channel import ChannelRefused, GatewayChannel, printable
 from conchkernel.ssh.fields import Fields, string
 from conchkernel.ssh.permissions import Directions, GatewayPorts, Permissions
-from conchkernel.ssh.tunnels import AcceptedChannel, DirectChannel
+from conchkernel.ssh.tunnels import AcceptedChannel, DirectChannel, windowBeside
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,9 +95,11 @@ class Forwarded:
         """Ask the client for a channel."""
         listener = self.listener
         assert listener is not None
-        channel = AcceptedChannel(self._name, listener, incoming)
+        conn = self._user.conn
+        window = windowBeside(conn.channelCount)
+        channel = AcceptedChannel(self._name, listener, incoming, window)
         try:
-            self._user.conn.openChannel(channel, self._extra(incoming))
+            conn.openChannel(channel, self._extra(incoming))
         except ChannelRefused as refused:
             self._log.info("a forwarded connection is dropped: {why}", why=str(refused))
             listener.refuse(incoming)
@@ -198,7 +200,8 @@ class Forwarding:
     def _open(
         self, address: TCPAddress | SocketPath, windows: dict[str, Any]
     ) -> Deferred[GatewayChannel]:
-        channel = DirectChannel(**windows)
+        window = windowBeside(self._user.conn.channelCount)
+        channel = DirectChannel(window, **windows)
         return channel.open(
             self._user.link(), lambda link: link.openConnection(address, channel)
         )

@@ -16,12 +16,24 @@ from zope.interface import implementer
 
 from conchkernel.errors import LinkLost
 from conchkernel.interfaces import Incoming, IStreamReceiver
-from conchkernel.ssh.channel import CREDIT_CAP_BYTES, GatewayChannel
+from conchkernel.ssh.channel import CREDIT_CAP_BYTES, LOCAL_WINDOW_BYTES, GatewayChannel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from conchkernel.interfaces import Exit, IKernelLink, IListener, IStream
+
+#: What clients may send into all their tunnels before anybody took it, for as long as tunnels are
+#: few; with many, each has at least :data:`LEAST_WINDOW_BYTES`. So 1024 of them, on whose other
+#: ends nobody reads, hold some 170 MiB here, and not 2 GiB.
+WINDOWS_BYTES = 32 * 1024 * 1024
+LEAST_WINDOW_BYTES = 64 * 1024
+
+
+def windowBeside(channels: int) -> int:
+    """The window of a tunnel that is opened beside so many channels."""
+    fair = WINDOWS_BYTES // (channels + 1)
+    return max(LEAST_WINDOW_BYTES, min(LOCAL_WINDOW_BYTES, fair))
 
 
 @implementer(IStreamReceiver)
@@ -141,10 +153,13 @@ class AcceptedChannel(TunnelChannel):
     """One that we ask the client for, because somebody connected on the kernel's host.
 
     :param name: the channel's type.
+    :param window: what the client may send ahead.
     """
 
-    def __init__(self, name: bytes, listener: IListener, incoming: Incoming) -> None:
-        super().__init__()
+    def __init__(
+        self, name: bytes, listener: IListener, incoming: Incoming, window: int = 0
+    ) -> None:
+        super().__init__(window)
         self.name = name
         self._listener = listener
         self._incoming: Incoming | None = incoming
