@@ -55,6 +55,23 @@ async def through(address: int | Path, data: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", address)
     else:
         reader, writer = await asyncio.open_unix_connection(str(address))
+    return await _exchanged(reader, writer, data)
+
+
+async def by_socks(proxy: int, name: str, port: int, data: bytes) -> bytes:
+    """The same by SOCKS 5, with a name that is resolved at the other end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy)
+    writer.write(b"\5\1\0")
+    assert await reader.readexactly(2) == b"\5\0"
+    host = bytes([len(name)]) + name.encode()
+    writer.write(b"\5\1\0\3" + host + port.to_bytes(2, "big"))
+    assert (await reader.readexactly(10))[:2] == b"\5\0"
+    return await _exchanged(reader, writer, data)
+
+
+async def _exchanged(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes
+) -> bytes:
     writer.write(data)
     writer.write_eof()
     came = await reader.read(-1)
@@ -117,15 +134,7 @@ def test_asyncssh_socks(host: Host, serving: Serving) -> None:
 
     async def script(connection: asyncssh.SSHClientConnection) -> None:
         listener = await connection.forward_socks("127.0.0.1", 0)
-        reader, writer = await asyncio.open_connection("127.0.0.1", listener.get_port())
-        writer.write(b"\5\1\0")
-        assert await reader.readexactly(2) == b"\5\0"
-        writer.write(b"\5\1\0\3\x09localhost" + port.to_bytes(2, "big"))
-        assert (await reader.readexactly(10))[:2] == b"\5\0"
-        writer.write(BULK)
-        writer.write_eof()
-        assert await reader.read(-1) == BULK
-        writer.close()
+        assert await by_socks(listener.get_port(), "localhost", port, BULK) == BULK
 
     connected(host, script)
 
