@@ -54,6 +54,8 @@ else:
 #: As much output is read ahead of what the client's TCP takes. There is no road to keep full, and
 #: what is still in the processor's cache when it is encrypted costs less.
 CREDIT_CAP_BYTES = 512 * 1024
+#: One read of output: packets of 32 KiB, and no rest.
+BATCH = 256 * 1024
 
 _KINDS: dict[str, Callable[..., Any]] = {
     "process": Process,
@@ -131,6 +133,7 @@ class _Host:
 
     def __init__(self, reactor: Any, options: dict[str, Any]) -> None:
         self.options = options
+        self.batch = BATCH
         self.drain: Callable[[int, int, bool], tuple[bytes, bool]] = _drain
         self.pool = Pool(reactor.callFromThread)
         self.accept = Door().accept

@@ -134,6 +134,44 @@ def test_everyFragmentation(cipher: bytes, mac: bytes) -> None:
     check()
 
 
+@pytest.mark.parametrize("cipher", [b"aes128-gcm@openssh.com", b"aes256-gcm@openssh.com"])
+@pytest.mark.parametrize(("pieceBytes", "count"), [(1024, 256), (32768, 8), (1500, 3), (1031, 1)])
+def test_aRunIsItsPackets(cipher: bytes, pieceBytes: int, count: int) -> None:
+    """Many packets in one go are to the bit those made one by one, whatever comes between; the
+    number of the next packet and the nonce go on as they should, beyond their ends."""
+    keys = Keys(cipher, b"")
+    last = b"\xff" * 8
+    keys.material = KeyMaterial(b"fix!" + last, keys.material.key, b"")
+    one, many = Outbound(), Outbound()
+    head = b"\x5e" + bytes(8)
+    out = memoryview(bytearray(300_000))
+    for outbound in (one, many):
+        outbound.new_keys(keys.sealer(), reset_sequence=True)
+        outbound.sequence = 0xFFFFFFFE
+    assert many.seals_runs
+    for _ in range(2):
+        body = os.urandom(pieceBytes * count)
+        written = many.seal_run(head, memoryview(body), pieceBytes, out)
+        expected = b"".join(
+            piece
+            for begin in range(0, len(body), pieceBytes)
+            for piece in one.seal(head, body[begin : begin + pieceBytes])
+        )
+        assert bytes(out[:written]) == expected
+        assert many.seal(b"\x02", b"between") == one.seal(b"\x02", b"between")
+    assert (many.sequence, many.packets) == (one.sequence, one.packets)
+    assert many.sequence == (2 * count + 2 - 2) & 0xFFFFFFFF
+
+
+def test_whoMakesRuns() -> None:
+    """Of the ciphers AES-GCM does; before there are keys nobody does."""
+    outbound = Outbound()
+    assert not outbound.seals_runs
+    for cipher, mac in PAIRS:
+        outbound.new_keys(Keys(cipher, mac).sealer(), reset_sequence=True)
+        assert outbound.seals_runs == (b"gcm" in cipher)
+
+
 @pairs
 def test_byteByByte(cipher: bytes, mac: bytes) -> None:
     """So they are where every byte comes alone."""

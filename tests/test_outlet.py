@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from conchkernel.avatars import KernelAvatar
@@ -100,8 +102,72 @@ def test_brokenChannelDoesNotStopTheOthers(rig: Rig, loggedFailures: object) -> 
     rig.client.pause()
     first.put(b"x" * 100)
     second.put(b"y" * 100)
-    first.receiver.sendNext = lambda: 1 / 0
+    first.receiver.sendNext = lambda runBytes: 1 / 0
     rig.client.resume()
     assert bad.closed
     assert good.output == b"y" * 100
     assert loggedFailures.flush(ZeroDivisionError)  # type: ignore[attr-defined]
+
+
+class RunningClient(MemoryClient):
+    """A client whose transport makes many packets in one go."""
+
+    def __init__(self, avatar: KernelAvatar) -> None:
+        self.runs: list[int] = []
+        self.runBytes = lambda: 4 * MAX_DATA_BYTES
+        super().__init__(avatar)
+
+    def sendChannelRun(self, recipient: int, data: bytes, pieceBytes: int) -> None:
+        assert self.writable
+        assert len(data) <= self.runBytes()
+        pieces = [data[at : at + pieceBytes] for at in range(0, len(data), pieceBytes)]
+        assert {len(piece) for piece in pieces} == {pieceBytes}
+        self.runs.append(len(pieces))
+        for piece in pieces:
+            self.sendChannelData(recipient, piece)
+
+
+def test_whoIsAloneSendsRuns() -> None:
+    """A flood beside which nobody waits leaves in runs of full packets, within the client's
+    window, and every byte in its place."""
+    backend = MemoryBackend(lambda stream: stream.opened())
+    client = RunningClient(KernelAvatar(backend, "joe"))
+    channel = client.execute(b"command", window=7 * MAX_DATA_BYTES + 5)
+    stream = backend.links[0].streams[-1]
+    data = os.urandom(10 * MAX_DATA_BYTES + 77)
+    stream.put(data)
+    assert client.runs == [4, 3]
+    assert channel.output == data[: 7 * MAX_DATA_BYTES + 5]
+    client.adjust(channel, 1 << 20)
+    assert channel.output == data
+    # The rest of the packet that the window cut short begins where it ended.
+    assert client.runs == [4, 3, 3]
+
+
+def test_otherChannelsEndTheRuns() -> None:
+    """Beside others each has its turn of one packet; a run waits for nobody else."""
+    backend = MemoryBackend(lambda stream: stream.opened())
+    client = RunningClient(KernelAvatar(backend, "joe"))
+    channels = [client.execute(b"command", window=1 << 24) for _ in range(2)]
+    first, second = backend.links[0].streams
+    client.pause()
+    first.put(b"x" * (8 * MAX_DATA_BYTES))
+    second.put(b"y" * (2 * MAX_DATA_BYTES))
+    client.resume()
+    # The second one's turns are over after its two.
+    assert client.turns[:5] == [0, 1, 0, 1, 0]
+    assert client.runs == [4, 2]
+    assert [len(channel.output) for channel in channels] == [
+        8 * MAX_DATA_BYTES,
+        2 * MAX_DATA_BYTES,
+    ]
+
+
+def test_stderrMakesNoRuns() -> None:
+    """Bytes of another kind keep theirs, packet by packet."""
+    backend = MemoryBackend(lambda stream: stream.opened())
+    client = RunningClient(KernelAvatar(backend, "joe"))
+    channel = client.execute(b"command", window=1 << 24)
+    backend.links[0].streams[-1].putError(b"e" * (3 * MAX_DATA_BYTES))
+    assert channel.errors == b"e" * (3 * MAX_DATA_BYTES)
+    assert not client.runs

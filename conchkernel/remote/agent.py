@@ -32,6 +32,8 @@ from conchkernel.remote.spawn import CannotRun
 
 MAX_SESSIONS = 64
 MAX_CARRIERS = 128
+#: One read of output: with its headers it fills one message.
+BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
 _LENGTH = struct.Struct(">I")
 _RECEIVE = 1024 * 1024
 #: A carrier that takes nothing holds back at most one message; the rest waits in the session.
@@ -58,6 +60,7 @@ class Agent:
 
     def __init__(self, listener: socket.socket, secret: str, options: dict[str, Any]) -> None:
         self.options = options
+        self.batch = BATCH
         self.drain = pump.drain  # or its compiled twin, which stands there by now
         self._processes: dict[int, Process] = {}
         self.sessions: dict[str, Session] = {}

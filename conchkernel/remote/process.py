@@ -20,8 +20,6 @@ from typing import Any, Protocol
 from conchkernel import wire
 from conchkernel.remote import spawn
 
-#: One read of output: with its headers it fills one message.
-BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
 #: A terminal fills while it is read, at some 80 MB/s: so long other streams wait.
 TERMINAL_BATCH = 64 * 1024
 
@@ -31,6 +29,8 @@ class Host(Protocol):
 
     options: dict[str, Any]
     """Defaults of what an OPEN does not say: ``environment``, ``directory``, ``path_prefix``."""
+    batch: int
+    """Bytes of one read of output."""
     drain: Callable[[int, int, bool], tuple[bytes, bool]]
     """:func:`conchkernel.remote.pump.drain` or its compiled twin."""
 
@@ -148,7 +148,7 @@ class Process:
 
     def _batch(self) -> int:
         """How much to read at once: a terminal's flood in smaller pieces while somebody types."""
-        return TERMINAL_BATCH if self._terminal and self._stream.beside_keys else BATCH
+        return TERMINAL_BATCH if self._terminal and self._stream.beside_keys else self._agent.batch
 
     def _readable(self, fd: int) -> None:
         stream = self._stream
@@ -195,7 +195,7 @@ class Process:
             if room <= 0:
                 return  # wire_credit comes back here
             try:
-                data, ended = self._agent.drain(self._input, min(room, BATCH), True)
+                data, ended = self._agent.drain(self._input, min(room, self._agent.batch), True)
             except OSError:
                 data, ended = b"", True
             if data:

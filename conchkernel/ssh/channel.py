@@ -326,8 +326,8 @@ class GatewayChannel(SSHChannel):
         elif not self.localClosed:
             self.conn.transport.sendPacket(message, _UINT32.pack(self.remoteId) + payload)
 
-    def sendNext(self) -> bool:
-        """Send one packet of what waits.
+    def sendNext(self, runBytes: int = 0) -> bool:
+        """Send one packet of what waits, or several full ones that are ``runBytes`` at most.
 
         :returns: whether another could be sent now.
         """
@@ -341,27 +341,30 @@ class GatewayChannel(SSHChannel):
             return bool(queue)
         offset = self._offset
         left = len(data) - offset
-        room = min(self.remoteWindowLeft, self.remoteMaxPacket)
+        full = self.remoteMaxPacket
+        size = min(left, self.remoteWindowLeft, full)
+        if not kind and runBytes:
+            size = max(size, min(left, self.remoteWindowLeft, runBytes) // full * full)
         piece: Data
-        if left <= room:
-            size = left
+        if size == left:
             queue.popleft()
             self._offset = 0
             piece = memoryview(data)[offset:] if offset else data
-        elif room <= 0:
+        elif size <= 0:
             return False
         else:
-            size = room
             if type(data) is bytearray:
                 # From here on nothing is joined to it: a view of it does not let it grow.
                 data = bytes(data)
                 queue[0] = (kind, data)
-            piece = memoryview(data)[offset : offset + room]
-            self._offset = offset + room
+            piece = memoryview(data)[offset : offset + size]
+            self._offset = offset + size
         self.remoteWindowLeft -= size
         self._handed += size
         if kind:
             self.outlet.sendExtendedData(self.remoteId, kind, piece)
+        elif size > full:
+            self.outlet.sendRun(self.remoteId, piece, full)
         else:
             self.outlet.sendData(self.remoteId, piece)
         if self._handed >= self._creditAt:

@@ -19,9 +19,10 @@ from conchkernel.ssh.fields import DisconnectCode
 from conchkernel.ssh.packets import Outbound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from conchkernel.ssh.sealing import Data
+    from conchkernel.ssh.tcp import PromptWriter
 
 MSG_CHANNEL_DATA = 94
 MSG_CHANNEL_EXTENDED_DATA = 95
@@ -37,8 +38,14 @@ _MAXIMUM_CORKED_BYTES = 128 * 1024
 #: it asks for and does not take.
 _MAXIMUM_UNTAKEN_BYTES = 512 * 1024
 
-#: Output up to this may leave without waiting for the reactor's next turn.
-_PROMPT_BYTES = 4096
+#: Data that is sealed, and written, in one go.
+_MAXIMUM_RUN_BYTES = 256 * 1024
+# Its packets, with at most 64 bytes of their own each. One for all connections: what is written
+# here has left, or was copied, when a call returns.
+_run = memoryview(bytearray(_MAXIMUM_RUN_BYTES + _MAXIMUM_RUN_BYTES // 1024 * 64))
+
+#: Output up to this waits for the reactor's next turn, unless it answers something.
+_LITTLE_BYTES = 4096
 
 #: Message numbers as the octet that starts a payload.
 NUMBER = tuple(bytes((number,)) for number in range(256))
@@ -73,8 +80,8 @@ class OutgoingPackets(SSHServerTransport):
         self._writable = False
         self._untakenBytes = 0
         self._readingPaused = False
-        # What is below us writes at once when told to, where it can do that.
-        self._writeNow: Callable[[], object] = _notNow
+        # Writes what is below us at once; made when we know that.
+        self._writer: PromptWriter
         # The client has sent something since the last little answer that left at once.
         self._heard = False
 
@@ -97,6 +104,24 @@ class OutgoingPackets(SSHServerTransport):
             self._hold(MSG_CHANNEL_DATA, head[1:] + bytes(data))
         else:
             self._send(head, data)
+
+    def sendChannelRun(
+        self, recipientChannel: int, data: bytes | memoryview, pieceBytes: int
+    ) -> None:
+        """Send messages as :meth:`sendChannelData` does, each with the next ``pieceBytes``.
+
+        Only while :meth:`isWritable`, and :meth:`runBytes` is so much.
+
+        :param data: a whole number of pieces, none of them less than a KiB.
+        """
+        self._flush()
+        head = _pack_data(MSG_CHANNEL_DATA, recipientChannel, pieceBytes)
+        size = self._outbound.seal_run(head, data, pieceBytes, _run)
+        self._writer.write(_run[:size])
+
+    def runBytes(self) -> int:
+        """How much :meth:`sendChannelRun` takes; 0 where packets are made one by one."""
+        return _MAXIMUM_RUN_BYTES if self._outbound.seals_runs else 0
 
     def sendChannelExtendedData(
         self, recipientChannel: int, dataType: int, data: bytes | memoryview
@@ -148,12 +173,15 @@ class OutgoingPackets(SSHServerTransport):
     def _write(self, pieces: Sequence[bytes], size: int) -> None:
         if self._tcpFull:
             self._countUntaken(size)
-        self.transport.writeSequence(pieces)
-        if self._heard and size <= _PROMPT_BYTES and not (self._tcpFull or self._closing):
+        if size > _LITTLE_BYTES:
+            self._writer.write(b"".join(pieces))
+        elif self._heard:
             # The echo of a key, most likely, or what answers a read. Once for each read, so that
             # a stream of little output is still joined.
             self._heard = False
-            self._writeNow()
+            self._writer.write(b"".join(pieces))
+        else:
+            self.transport.writeSequence(pieces)
 
     def cork(self) -> bool:
         """Collect what is sent until :meth:`uncork`, but not more than a bound.
@@ -210,7 +238,3 @@ class OutgoingPackets(SSHServerTransport):
 
     def stopProducing(self) -> None:
         """TCP is gone; :meth:`connectionLost` follows."""
-
-
-def _notNow() -> None:
-    pass

@@ -28,8 +28,9 @@ _THREE = struct.Struct(">3L")
 class Outlet:
     """The way of data to one client.
 
-    :param transport: an SSH transport; where it has ``sendChannelData`` and
-        ``sendChannelExtendedData``, these are used, and decided so once.
+    :param transport: an SSH transport; where it has ``sendChannelData``,
+        ``sendChannelExtendedData`` and ``sendChannelRun`` with ``runBytes``, these are used, and
+        decided so once.
     """
 
     _log = Logger()
@@ -45,6 +46,11 @@ class Outlet:
         self.sendExtendedData: Callable[[int, int, Data], None] = getattr(
             transport, "sendChannelExtendedData", self._sendExtendedData
         )
+        #: Sends some DATA packets of one size: (recipient, bytes, that size).
+        self.sendRun: Callable[[int, Data, int], None] = getattr(
+            transport, "sendChannelRun", _neverAsked
+        )
+        self._runBytes: Callable[[], int] = getattr(transport, "runBytes", _none)
         isWritable = getattr(transport, "isWritable", None)
         self._cork: Callable[[], bool] = getattr(transport, "cork", _uncorkable)
         #: The transport takes output.
@@ -119,7 +125,8 @@ class Outlet:
                 return
             # Stays marked while it is served, so that what it is credited meanwhile only queues.
             try:
-                if channel.sendNext():
+                # Alone, it may send more than a packet at its turn.
+                if channel.sendNext(0 if small or bulk else self._runBytes()):
                     bulk.append(channel)
                 else:
                     channel.scheduled = False
@@ -139,3 +146,11 @@ class Outlet:
 
 def _uncorkable() -> bool:
     return False
+
+
+def _none() -> int:
+    return 0
+
+
+def _neverAsked(recipient: int, data: Data, pieceBytes: int) -> None:
+    raise AssertionError("no run was allowed")

@@ -6,7 +6,7 @@ before it is within bounds. What arrives may be cut anywhere; the packets are th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conchkernel.ssh.fields import ProtocolError
 from conchkernel.ssh.sealing import Data, PlainOpener, PlainSealer
@@ -26,10 +26,12 @@ _NOT_KNOWN = -1
 class Outbound:
     """What we send: the keys in use and the number of the next packet."""
 
-    __slots__ = ("bytes", "packets", "sealer", "sequence")
+    __slots__ = ("bytes", "packets", "sealer", "seals_runs", "sequence")
 
     def __init__(self) -> None:
         self.sealer: Sealer = PlainSealer()
+        self.seals_runs = False
+        """Whether :meth:`seal_run` can be used: the cipher makes many packets in one go."""
         self.sequence = 0
         self.bytes = 0
         """Sent under these keys, nearly: padding is a guess."""
@@ -43,9 +45,26 @@ class Outbound:
         self.bytes += len(head) + len(body) + 32
         return self.sealer.seal(sequence, head, body)
 
+    def seal_run(self, head: bytes, body: Data, piece_bytes: int, out: memoryview) -> int:
+        """Write the next packets to ``out``, each with ``head`` and a piece of ``body``.
+
+        Only where :attr:`seals_runs`.
+
+        :param body: a whole number of pieces.
+        :returns: how many bytes were written.
+        """
+        sealer: Any = self.sealer
+        count = len(body) // piece_bytes
+        self.sequence = (self.sequence + count) & _SEQUENCE_MASK
+        self.packets += count
+        written: int = sealer.seal_run(head, body, piece_bytes, out)
+        self.bytes += written
+        return written
+
     def new_keys(self, sealer: Sealer, reset_sequence: bool) -> None:
         """What follows is under new keys."""
         self.sealer = sealer
+        self.seals_runs = hasattr(sealer, "seal_run")
         self.bytes = self.packets = 0
         if reset_sequence:
             self.sequence = 0

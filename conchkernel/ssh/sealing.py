@@ -54,6 +54,19 @@ class Sealer(Protocol):
         ...
 
 
+class RunSealer(Sealer, Protocol):
+    """A sealer that makes many packets in one go."""
+
+    def seal_run(self, head: bytes, body: Data, piece_bytes: int, out: memoryview) -> int:
+        """Make packets whose payloads are ``head`` and the next ``piece_bytes`` of ``body``.
+
+        :param body: a whole number of pieces.
+        :param out: where the packets go; as large as the packets are.
+        :returns: how many bytes they are.
+        """
+        ...
+
+
 class Opener(Protocol):
     """One direction's incoming keys."""
 
@@ -111,10 +124,12 @@ class PlainOpener:
 class GcmSealer:
     """aes128-gcm@openssh.com and aes256-gcm@openssh.com (RFC 5647; OpenSSH's PROTOCOL 1.6)."""
 
-    __slots__ = ("_counter", "_encrypt", "_fixed")
+    __slots__ = ("_counter", "_encrypt", "_encrypt_into", "_fixed")
 
     def __init__(self, key: bytes, iv: bytes) -> None:
-        self._encrypt = AESGCM(key).encrypt
+        cipher = AESGCM(key)
+        self._encrypt = cipher.encrypt
+        self._encrypt_into = cipher.encrypt_into
         self._fixed = iv[:4]
         self._counter = int.from_bytes(iv[4:12], "big")
 
@@ -131,6 +146,31 @@ class GcmSealer:
             b"".join((_PADDING_OCTET[padding], head, body, _PADDING[padding])),
             length,
         )
+
+
+    def seal_run(self, head: bytes, body: Data, piece_bytes: int, out: memoryview) -> int:
+        size = 1 + len(head) + piece_bytes
+        padding = 16 - (size & 15)
+        if padding < _MINIMUM_PADDING:
+            padding += 16
+        length = _pack_length(size + padding)
+        start, end = _PADDING_OCTET[padding] + head, _PADDING[padding]
+        encrypt, fixed, counter = self._encrypt_into, self._fixed, self._counter
+        packet_bytes = 4 + size + padding + 16
+        at = 0
+        for begin in range(0, len(body), piece_bytes):
+            packet = out[at : at + packet_bytes]
+            packet[:4] = length
+            encrypt(
+                fixed + counter.to_bytes(8, "big"),
+                b"".join((start, body[begin : begin + piece_bytes], end)),
+                length,
+                packet[4:],
+            )
+            counter = (counter + 1) & _NONCE_MASK
+            at += packet_bytes
+        self._counter = counter
+        return at
 
 
 class GcmOpener:

@@ -15,9 +15,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.interfaces import IWriteDescriptor
 from twisted.logger import Logger
-from twisted.protocols.policies import ProtocolWrapper
 
 from conchkernel import __version__
 from conchkernel.ssh import hostkeys
@@ -37,6 +35,7 @@ from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, string
 from conchkernel.ssh.limits import Offence
 from conchkernel.ssh.outgoing import NUMBER, OutgoingPackets
 from conchkernel.ssh.packets import KNOWN_PEER_BYTES, Inbound
+from conchkernel.ssh.tcp import PromptWriter, beneath
 from conchkernel.ssh.userkeys import SIGNATURE_ALGORITHMS
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ _MAXIMUM_EXTENSIONS = 1024
 _MAXIMUM_DISCARDED_BYTES = 4 * 1024 * 1024
 #: As much is read from the TCP transport at once, and held by it before it pauses us.
 _TCP_BUFFER_BYTES = 256 * 1024
+#: As much is given to the system at once.
+_SEND_BYTES = 1024 * 1024
 #: Packets under one set of keys; OpenSSH's bound, well before sequence numbers repeat.
 _MAXIMUM_PACKETS = 1 << 31
 
@@ -130,16 +131,13 @@ class GatewayTransport(OutgoingPackets):
 
     def connectionMade(self) -> None:
         """Say who we are; the first KEXINIT waits for the client's, but not for long."""
-        tcp = self.transport
-        while isinstance(tcp, ProtocolWrapper):
-            tcp = tcp.transport
+        tcp = beneath(self.transport)
+        self._writer = PromptWriter(self.transport)
         if hasattr(tcp, "setTcpNoDelay"):
             tcp.setTcpNoDelay(True)
         if isinstance(getattr(tcp, "bufferSize", None), int):
-            tcp.bufferSize = tcp.SEND_LIMIT = _TCP_BUFFER_BYTES
-        if IWriteDescriptor.providedBy(tcp):
-            # A failure is left to the reactor, which still has what was not written.
-            self._writeNow = tcp.doWrite
+            tcp.bufferSize = _TCP_BUFFER_BYTES
+            tcp.SEND_LIMIT = _SEND_BYTES
         factory = self.factory
         self._exchange = KeyExchange(self.ourVersionString, factory.hostKeys, factory.algorithms)
         self.transport.registerProducer(self, True)
