@@ -83,14 +83,14 @@ class Name:
             ) from None
 
     def save(self, settings: Settings) -> None:
-        """Keep settings, in a file that others cannot read.
+        """Keep settings, in a file that others cannot read, and make the directory.
 
         :raises ConfigurationError: if that does not work.
         """
         path = self.directory / _SETTINGS
         fresh = self.directory / f".{_SETTINGS}.{os.getpid()}"
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.make()
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(fd, "w", encoding="utf-8") as file:
                 json.dump(asdict(settings), file)
@@ -99,6 +99,14 @@ class Name:
             raise ConfigurationError(
                 f"the state directory {self.directory} cannot be used: {error.strerror}"
             ) from None
+
+    def make(self) -> None:
+        """Have the directory, closed to others as is all of ours above it.
+
+        :raises OSError: if that does not work.
+        """
+        for directory in (self.directory.parent.parent, self.directory.parent, self.directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def forget(self) -> None:
         """Remove everything that is kept for this name; nothing is fine too.

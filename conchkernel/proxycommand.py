@@ -4,7 +4,7 @@ There is no port and no login: whoever holds the pipe is the user whose ssh star
 processes share the work. ssh knows the **front**, which does nothing but wait; it ends when the
 connection does, so nobody waits for what comes after. The **worker** has left the terminal and
 speaks. After its connection it may be the last one out, and then stays behind for the grace time
-before it takes kernel and agent away.
+before it takes kernel and agent away. Where the worker is killed the front has another one do that.
 
 Nothing but SSH is written to stdout. What there is to say goes to stderr, in one line, and as the
 reason of the disconnect too: where connections are shared, ssh gives us no other stderr than
@@ -17,11 +17,13 @@ import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from conchkernel.errors import ConchKernelError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from conchkernel.names import Name, Settings
@@ -45,25 +47,47 @@ def main(name: str, stateDir: Path | None, *, verbose: bool = False) -> int:
     except ConchKernelError as error:
         return _complain(name, str(error))
     front, worker = socket.socketpair()
+    if _detached():
+        front.close()
+        _leaveFor(lambda: _work(chosen, settings, worker, verbose=verbose))
+    worker.close()
+    status = _waitAtTheFront(front)
+    if status is not None:
+        return status
+    if _detached():
+        _leaveFor(lambda: _work(chosen, settings, None, verbose=False))
+    return _complain(name, "the process that spoke has been killed")
+
+
+def _detached() -> bool:
+    """Whether this is the child, in a session of its own, of the two that we are from now on."""
     if os.fork():
-        worker.close()
-        return _waitAtTheFront(name, front)
-    front.close()
+        return False
     os.setsid()
+    return True
+
+
+def _leaveFor(work: Callable[[], int]) -> NoReturn:
+    """What a child has to do, and nothing of what its parent has begun."""
     status = FAILURE
     try:
-        status = _work(chosen, settings, worker, verbose)
+        status = work()
     finally:
         os._exit(status)
 
 
-def _waitAtTheFront(name: str, worker: socket.socket) -> int:
-    """Be there for whoever has started us, until the worker says that the connection is over."""
-    # It is typed for what runs over there or for ssh, whose end we notice.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _waitAtTheFront(worker: socket.socket) -> int | None:
+    """Be there for whoever has started us, until the worker says that the connection is over.
+
+    :returns: the status that it has told; ``None`` where it could not.
+    """
+    # Ctrl-C is typed for what runs over there, or for ssh; and when ssh hangs up on us it has
+    # closed the pipe too. Both are for the worker to notice.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     _letGo(0, 1)
     status = worker.recv(1)
-    return status[0] if status else _complain(name, "it has ended without a word")
+    return status[0] if status else None
 
 
 def _letGo(*fds: int) -> None:
@@ -80,14 +104,18 @@ def _complain(name: str, sentence: str) -> int:
     return FAILURE
 
 
-def _work(name: Name, settings: Settings, front: socket.socket, verbose: bool) -> int:
-    """The worker's whole life."""
+def _work(name: Name, settings: Settings, front: socket.socket | None, *, verbose: bool) -> int:
+    """The worker's whole life.
+
+    :param front: ``None`` for one that only leaves, in the place of another that was killed.
+    """
     from twisted.internet import reactor as installed
     from twisted.internet.defer import Deferred
     from twisted.logger import globalLogBeginner, textFileLogObserver
 
     from conchkernel.allocator import keepLargeBuffers
     from conchkernel.attachment import Attachment
+    from conchkernel.pipedconnection import PipedConnection
 
     reactor: Any = installed
     keepLargeBuffers()
@@ -96,22 +124,25 @@ def _work(name: Name, settings: Settings, front: socket.socket, verbose: bool) -
     # Descriptors of their own, so that those of the process can be let go of.
     incoming, outgoing = os.dup(0), os.dup(1)
     _letGo(0, 1)
-    attachment = Attachment(reactor, name, settings)
+    try:
+        attachment = Attachment(reactor, name, settings)
+        connection = PipedConnection(reactor, name, attachment)
+    except ConchKernelError as error:
+        return _tell(front, _complain(name.text, str(error)))
     status = FAILURE
 
     async def live() -> None:
         nonlocal status
-        problem = await attachment.serve(incoming, outgoing, front)
-        if problem is not None:
-            _complain(name.text, problem)
-        status = 0 if problem is None else FAILURE
-        if not verbose:
+        if front is None:
             _letGo(2)
-        try:
-            front.sendall(bytes([status]))
-        except OSError:
-            pass  # it was ended, and nobody waits
-        front.close()
+            await attachment.attach()
+        else:
+            complain = partial(_complain, name.text)
+            served = await connection.serve(incoming, outgoing, front, complain)
+            status = 0 if served else FAILURE
+            if not verbose:
+                _letGo(2)
+            _tell(front, status)
         await attachment.leave()
 
     def over(result: Any) -> None:
@@ -119,12 +150,27 @@ def _work(name: Name, settings: Settings, front: socket.socket, verbose: bool) -
             result.printTraceback(sys.stderr)
         reactor.callWhenRunning(reactor.stop)
 
+    def hurry() -> None:
+        connection.end()
+        attachment.hurry()
+
     def catchSignals() -> None:
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(attachment.hurry))
+        signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(hurry))
 
     reactor.callWhenRunning(catchSignals)
     reactor.callWhenRunning(lambda: Deferred.fromCoroutine(live()).addBoth(over))
     reactor.run(installSignalHandlers=False)
+    return status
+
+
+def _tell(front: socket.socket | None, status: int) -> int:
+    """The connection is over, and with this status."""
+    if front is not None:
+        try:
+            front.sendall(bytes([status]))
+        except OSError:
+            pass  # it was ended, and nobody waits
+        front.close()
     return status

@@ -126,6 +126,11 @@ class SharedState:
         assert self._lingerer is not None
         return max(0.0, time.time() - os.fstat(self._lingerer).st_mtime)
 
+    def touch(self) -> None:
+        """For whoever lingers: begin the waiting anew."""
+        assert self._lingerer is not None
+        os.utime(self._lingerer)
+
     def stopLingering(self) -> None:
         """Another process may stay behind. Idempotent."""
         fd, self._lingerer = self._lingerer, None
