@@ -28,6 +28,10 @@ class JupyterUnreachable(JupyterError):
     """Nothing answers at the URL: no such host, connection refused, TLS failure, time out."""
 
 
+class TLSRefused(JupyterUnreachable):
+    """Something answers at the URL, but we would not, or could not, speak TLS with it."""
+
+
 class NotJupyter(JupyterError):
     """Something answers at the URL, but it is not a Jupyter server."""
 

@@ -14,7 +14,7 @@ from twisted.internet import defer, error
 from twisted.python.failure import Failure
 from twisted.web.client import RequestGenerationFailed, RequestTransmissionFailed, ResponseFailed
 
-from conchkernel.errors import JupyterError, JupyterUnreachable
+from conchkernel.errors import JupyterError, JupyterUnreachable, TLSRefused
 
 
 def unreachable(problem: BaseException, url: str) -> JupyterError:
@@ -28,6 +28,10 @@ def unreachable(problem: BaseException, url: str) -> JupyterError:
     parts = urlsplit(url)
     host = parts.hostname or ""
     place = parts.netloc.rpartition("@")[2]
+    if isinstance(problem, VerificationError):
+        return TLSRefused(f"the certificate of {place} is for another name; check the URL")
+    if isinstance(problem, SSL.Error):
+        return TLSRefused(_tls(problem, place))
     return JupyterUnreachable(_sentence(problem, host, place))
 
 
@@ -66,10 +70,6 @@ def _sentence(problem: BaseException, host: str, place: str) -> str:
         ),
     ):
         return f"{place} does not answer in time; check the URL and the network"
-    if isinstance(problem, VerificationError):
-        return f"the certificate of {place} is for another name; check the URL"
-    if isinstance(problem, SSL.Error):
-        return _tls(problem, place)
     if isinstance(problem, (error.ConnectionLost, error.ConnectionDone, error.ConnectionAborted)):
         return f"{place} closed the connection without an answer; is the URL's http(s) right?"
     if isinstance(problem, error.ConnectError):
