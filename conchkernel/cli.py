@@ -30,6 +30,23 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 1 <= number <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 86400")
+    return number
+
+
+def _file(text: str) -> str:
+    path = Path(text).absolute()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return str(path)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, without anything that it does."""
     top = _Parser(
@@ -67,6 +84,69 @@ def parser() -> argparse.ArgumentParser:
     )
     _addName(proxy)
     proxy.add_argument("--verbose", action="store_true", help="log to stderr")
+
+    config = commands.add_parser(
+        "config-ssh",
+        help="have `ssh NAME` lead to a Jupyter server",
+        description="Tries the URL, keeps it in a file that only you can read, and tells ssh of "
+        "it, after showing what would change in its configuration. Then ssh, scp, sftp and all "
+        "that use them know NAME.",
+    )
+    _addName(config)
+    config.add_argument(
+        "url",
+        nargs="?",
+        metavar="URL",
+        help="the Jupyter server, as its own page or log shows it; - reads it from stdin; "
+        "without it the one in CONCHKERNEL_JUPYTER_URL, or you are asked",
+    )
+    config.add_argument(
+        "--remove", action="store_true", help="undo: ssh and we forget NAME, and its token"
+    )
+    config.add_argument("--yes", action="store_true", help="do not ask")
+    config.add_argument(
+        "--ssh-config",
+        type=Path,
+        metavar="FILE",
+        help="ssh's configuration (default: ~/.ssh/config of your account)",
+    )
+    config.add_argument(
+        "--kernel-name", metavar="NAME", help="kernel to start (default: the server's own)"
+    )
+    config.add_argument(
+        "--jupyter-ca",
+        type=_file,
+        metavar="FILE",
+        help="PEM file of the authority that signed Jupyter's certificate",
+    )
+    config.add_argument(
+        "--linger",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long the kernel outlives its last use (default: 60)",
+    )
+    config.add_argument(
+        "--orphan-timeout",
+        type=_seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long shells outlive a connection that was cut off (default: 120)",
+    )
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="find out what keeps `ssh NAME` from working",
+        description="Goes the whole way from ssh's configuration to an echo from the kernel's "
+        "host, and says of each part whether it works, and what to do where it does not.",
+    )
+    _addName(doctor)
+    doctor.add_argument(
+        "--ssh-config",
+        type=Path,
+        metavar="FILE",
+        help="ssh's configuration (default: ~/.ssh/config of your account)",
+    )
     return top
 
 
@@ -102,9 +182,40 @@ def _proxy(options: argparse.Namespace) -> int:
     return proxycommand.main(options.name, options.state_dir, verbose=options.verbose)
 
 
+def _configSSH(options: argparse.Namespace) -> int:
+    from conchkernel import configssh
+    from conchkernel.names import Settings
+
+    return configssh.main(
+        configssh.Request(
+            name=options.name,
+            url=options.url,
+            settings=Settings(
+                url="",
+                kernelName=options.kernel_name,
+                jupyterCA=options.jupyter_ca,
+                linger=options.linger,
+                orphanTimeout=options.orphan_timeout,
+            ),
+            stateDir=options.state_dir,
+            sshConfig=options.ssh_config,
+            yes=options.yes,
+            remove=options.remove,
+        )
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from conchkernel import doctor
+
+    return doctor.main(options.name, options.state_dir, options.ssh_config)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": _demo,
     "proxy": _proxy,
+    "config-ssh": _configSSH,
+    "doctor": _doctor,
 }
 
 

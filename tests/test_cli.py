@@ -76,7 +76,21 @@ def test_version(environment: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["--nonsense"], ["demo", "--port", "65536"], ["demo", "--port", "ssh"]],
+    [
+        [],
+        ["nonsense"],
+        ["--nonsense"],
+        ["demo", "--port", "65536"],
+        ["demo", "--port", "ssh"],
+        ["proxy"],
+        ["doctor"],
+        ["config-ssh"],
+        ["config-ssh", "lab", "URL", "more"],
+        ["config-ssh", "lab", "--linger", "0"],
+        ["config-ssh", "lab", "--linger", "nan"],
+        ["config-ssh", "lab", "--orphan-timeout", "soon"],
+        ["config-ssh", "lab", "--jupyter-ca", "/nowhere"],
+    ],
 )
 def test_wrongWords(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Each is told in one line on stderr, with status 1."""
@@ -87,6 +101,17 @@ def test_wrongWords(arguments: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert not said.out
     assert said.err.startswith("conchkernel")
     assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["proxy", "doctor", "config-ssh"])
+def test_noNames(environment: dict[str, str], command: str) -> None:
+    """A word that cannot be a name: one line, and no file is touched."""
+    words = ["--yes", "--", "../a", "-"] if command == "config-ssh" else ["--", "../a"]
+    result = run(environment, command, *words)
+    assert result.returncode == (255 if command == "proxy" else 1)
+    assert result.stdout == ""
+    assert "'../a' cannot be a name" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_demoRunsACommand(environment: dict[str, str]) -> None:

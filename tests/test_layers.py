@@ -56,9 +56,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"allocator", "errors", "stores", "service", "avatars", "ssh", "jupyter"},
     # one user's own ssh, without a daemon
     "pipes": set(),
-    "attachment": {"errors", "names", "pipes", "stores", "avatars", "ssh", "jupyter"},
-    "proxycommand": {"allocator", "errors", "names", "attachment"},
-    "cli": {"demo", "proxycommand"},
+    "attachment": {"errors", "interfaces", "names", "jupyter"},
+    "pipedconnection": {"errors", "names", "pipes", "stores", "attachment", "avatars", "ssh"},
+    "proxycommand": {"allocator", "errors", "names", "attachment", "pipedconnection"},
+    "foreground": {"errors"},
+    "sshconfig": {"errors"},
+    "configssh": {"errors", "names", "foreground", "sshconfig", "ssh", "jupyter"},
+    "doctor": {"errors", "interfaces", "names", "foreground", "attachment", "jupyter"},
+    "cli": {"demo", "names", "proxycommand", "configssh", "doctor"},
     "": {"errors", "service", "avatars", "ssh", "jupyter"},
 }
 
@@ -66,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 STANDARD_LIBRARY_ONLY = {"wire", "remote", "errors"}
 
 #: The edges: whoever else needs the reactor is given it.
-MAY_IMPORT_THE_REACTOR = {"tap", "process", "demo", "proxycommand", "cli"}
+MAY_IMPORT_THE_REACTOR = {"tap", "process", "demo", "proxycommand", "foreground", "cli"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

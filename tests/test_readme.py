@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
+from twisted.internet.task import deferLater
 from twisted.internet.utils import getProcessOutputAndValue
 
 if TYPE_CHECKING:
@@ -130,3 +135,50 @@ async def test_hostExample(tmp_path: Path) -> None:
         assert said == (b"here\n", b"", 3)
     finally:
         await names["stopServing"](backend, port)
+
+
+async def shell(program: str, environment: dict[str, str]) -> tuple[bytes, bytes, int]:
+    """What a shell makes of some lines, each of which must work."""
+    return await getProcessOutputAndValue("/bin/sh", ["-ec", program], environment)
+
+
+@pytest_twisted.ensureDeferred
+async def test_twoCommandsWithoutADaemon(localJupyter: LocalJupyter) -> None:
+    """README's lines for a name, as they stand: then ``ssh lab`` is a shell over there, doctor is
+    content, and ``--remove`` takes everything back. (Only the account's ``~/.ssh`` is spared.)"""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## For yourself alone")[2].partition("\n## ")[0]
+    (lines,) = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    doctor, remove = re.findall(r"`(\.venv/bin/conchkernel [^`]+)`", section)
+    home = Path(tempfile.mkdtemp(prefix="ck-"))
+    config = home / "config"
+    environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    wrapper = home / ".venv" / "bin" / "conchkernel"
+    wrapper.parent.mkdir(parents=True)
+    installed = Path(sys.executable).with_name("conchkernel")
+    wrapper.write_text(
+        f"#!/bin/sh\ncase $1 in config-ssh) yes=--yes;; esac\n"
+        f'exec {installed} "$@" $yes --ssh-config {config}\n'
+    )
+    wrapper.chmod(0o700)
+    begin = f'cd {home}\nssh() {{ command ssh -F {config} "$@"; }}\n'
+    url = re.search(r"'(http[^']*)'", lines)
+    assert url is not None
+    lines = lines.replace(url[1], localJupyter.url)
+    try:
+        assert "ssh lab\n" in lines
+        typed = "printf 'echo $PPID is the agent\\n' | ("
+        out, err, status = await shell(f"{begin}{typed}\n{lines})\n", environment)
+        assert (status, b"is the agent" in out) == (0, True), err
+        out, err, status = await shell(f"{begin}{doctor}\n", environment)
+        assert (status, err) == (0, b""), out
+        out, err, status = await shell(f"{begin}ssh -O exit lab\n{remove}\n", environment)
+        assert status == 0, err
+        assert not config.exists()
+        while localJupyter.ask("api/kernels"):
+            for process in psutil.process_iter(["cmdline"]):
+                if str(home / ".local/state/conchkernel") in (process.info["cmdline"] or []):
+                    process.terminate()  # do not linger for us
+            await deferLater(reactor, 0.1)
+    finally:
+        shutil.rmtree(home)
