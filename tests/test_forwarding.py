@@ -17,7 +17,7 @@ from conchkernel.ssh.connection import MAX_CHANNELS
 from conchkernel.ssh.fields import string
 from conchkernel.ssh.forwarding import MAX_LISTENERS
 from conchkernel.ssh.permissions import Directions, GatewayPorts, Permissions, Place
-from conchkernel.ssh.tunnels import LEAST_WINDOW_BYTES
+from conchkernel.ssh.tunnels import LEAST_BYTES
 from conchkernel.testing import (
     ClientChannel,
     MemoryBackend,
@@ -163,17 +163,19 @@ def test_nothingIsTakenThatTheConnectionDoesNotTake(rig: Rig) -> None:
     assert sum(channel.adjusts) == LOCAL_WINDOW_BYTES // 2
 
 
-def test_manyTunnelsHaveSmallerWindows(rig: Rig) -> None:
-    """What a client can send to peers that do not read has a bound that is not their number."""
+def test_manyTunnelsHoldLess(rig: Rig) -> None:
+    """What waits for peers, or a client, that do not read has a bound that is not their number."""
     for _ in range(MAX_CHANNELS):
-        rig.client.open(b"direct-tcpip", data=direct())
+        rig.client.open(b"direct-tcpip", window=1 << 30, data=direct())
     for stream in rig.link.streams:
         stream.opened()
     windows = [channel.remoteWindow for channel in rig.client.channels]
+    limits = [stream.limit for stream in rig.link.streams]
     assert windows[:16] == [LOCAL_WINDOW_BYTES] * 16
-    assert windows == sorted(windows, reverse=True)
-    assert windows[-1] == LEAST_WINDOW_BYTES
-    assert sum(windows) < 180 << 20
+    for held in (windows, limits):
+        assert held == sorted(held, reverse=True)
+        assert held[-1] == LEAST_BYTES
+        assert sum(held) < 180 << 20
 
 
 def test_nothingIsReadThatTheClientDoesNotTake(rig: Rig) -> None:

@@ -26,10 +26,10 @@ from conchkernel.interfaces import (
     SocketPath,
     TCPAddress,
 )
-from conchkernel.ssh.channel import ChannelRefused, GatewayChannel, printable
+from conchkernel.ssh.channel import LOCAL_WINDOW_BYTES, ChannelRefused, GatewayChannel, printable
 from conchkernel.ssh.fields import Fields, string
 from conchkernel.ssh.permissions import Directions, GatewayPorts, Permissions
-from conchkernel.ssh.tunnels import AcceptedChannel, DirectChannel, windowBeside
+from conchkernel.ssh.tunnels import AcceptedChannel, DirectChannel, shareBeside
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +96,7 @@ class Forwarded:
         listener = self.listener
         assert listener is not None
         conn = self._user.conn
-        window = windowBeside(conn.channelCount)
+        window = shareBeside(conn.channelCount, LOCAL_WINDOW_BYTES)
         channel = AcceptedChannel(self._name, listener, incoming, window)
         try:
             conn.openChannel(channel, self._extra(incoming))
@@ -200,7 +200,7 @@ class Forwarding:
     def _open(
         self, address: TCPAddress | SocketPath, windows: dict[str, Any]
     ) -> Deferred[GatewayChannel]:
-        window = windowBeside(self._user.conn.channelCount)
+        window = shareBeside(self._user.conn.channelCount, LOCAL_WINDOW_BYTES)
         channel = DirectChannel(window, **windows)
         return channel.open(
             self._user.link(), lambda link: link.openConnection(address, channel)

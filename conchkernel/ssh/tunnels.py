@@ -16,24 +16,23 @@ from zope.interface import implementer
 
 from conchkernel.errors import LinkLost
 from conchkernel.interfaces import Incoming, IStreamReceiver
-from conchkernel.ssh.channel import CREDIT_CAP_BYTES, LOCAL_WINDOW_BYTES, GatewayChannel
+from conchkernel.ssh.channel import CREDIT_CAP_BYTES, GatewayChannel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from conchkernel.interfaces import Exit, IKernelLink, IListener, IStream
 
-#: What clients may send into all their tunnels before anybody took it, for as long as tunnels are
-#: few; with many, each has at least :data:`LEAST_WINDOW_BYTES`. So 1024 of them, on whose other
-#: ends nobody reads, hold some 170 MiB here, and not 2 GiB.
-WINDOWS_BYTES = 32 * 1024 * 1024
-LEAST_WINDOW_BYTES = 64 * 1024
+#: What all tunnels of a connection may hold here in each direction, for as long as they are few;
+#: with many, each has at least :data:`LEAST_BYTES`. So 1024 of them, on whose other ends nobody
+#: reads, hold some 170 MiB, and not 2 GiB.
+SHARED_BYTES = 32 * 1024 * 1024
+LEAST_BYTES = 64 * 1024
 
 
-def windowBeside(channels: int) -> int:
-    """The window of a tunnel that is opened beside so many channels."""
-    fair = WINDOWS_BYTES // (channels + 1)
-    return max(LEAST_WINDOW_BYTES, min(LOCAL_WINDOW_BYTES, fair))
+def shareBeside(channels: int, most: int) -> int:
+    """What a tunnel that is opened beside so many channels may hold."""
+    return max(LEAST_BYTES, min(most, SHARED_BYTES // (channels + 1)))
 
 
 @implementer(IStreamReceiver)
@@ -50,12 +49,9 @@ class TunnelChannel(GatewayChannel):
     def _join(self, stream: IStream) -> None:
         """Bytes flow from now on."""
         self._stream = stream
-        self.attach(
-            stream.write,
-            stream.writeEOF,
-            stream.grant,
-            getattr(stream, "creditCap", CREDIT_CAP_BYTES),
-        )
+        most = getattr(stream, "creditCap", CREDIT_CAP_BYTES)
+        cap = shareBeside(self.conn.channelCount, most)
+        self.attach(stream.write, stream.writeEOF, stream.grant, cap)
 
     def streamOpened(self, info: Mapping[str, object]) -> None:
         """The connection stands."""
