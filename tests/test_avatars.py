@@ -155,12 +155,12 @@ def test_linkThatComesTooLate(avatar: KernelAvatar) -> None:
 
 
 def test_channelsAndRequests(avatar: KernelAvatar) -> None:
-    """Sessions, and nothing else as long as no table says so."""
+    """What the tables name, and nothing else."""
     channel = avatar.lookupChannel(b"session", 100, 32768, b"")
     assert isinstance(channel, SessionChannel)
     assert channel.avatar is avatar
     with pytest.raises(ChannelRefused):
-        avatar.lookupChannel(b"direct-tcpip", 100, 32768, b"")
-    assert not avatar.gotGlobalRequest(b"tcpip-forward", b"")
-    avatar.globalRequestLookup[b"tcpip-forward"] = lambda data: (1, data)
-    assert avatar.gotGlobalRequest(b"tcpip-forward", b"x") == (1, b"x")
+        avatar.lookupChannel(b"tun@openssh.com", 100, 32768, b"")
+    assert not avatar.gotGlobalRequest(b"ours@example.org", b"")
+    avatar.globalRequestLookup[b"ours@example.org"] = lambda data: (1, data)
+    assert avatar.gotGlobalRequest(b"ours@example.org", b"x") == (1, b"x")
