@@ -431,9 +431,14 @@ def test_asking(lab: Lab) -> None:
 def test_tunnels(known: Lab) -> None:
     """A port of the kernel's host, through the pipe."""
     port = known.jupyter.url.rsplit(":", 1)[1].strip("/")
-    request = b"GET /api HTTP/1.0\r\n\r\n"
-    ran = known.ssh(*ALONE, f"-W127.0.0.1:{port}", given=request)
-    assert b'"version"' in ran.out
+    with known.started(*ALONE, f"-W127.0.0.1:{port}") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"GET /api HTTP/1.0\r\n\r\n")
+        # Our end stays open until then: to Jupyter an end of what comes is the client's going,
+        # and unless it has answered by then it does not.
+        assert b'"version"' in process.stdout.read()
+        assert process.wait(PATIENCE) == 0
 
 
 def test_aConfigurationWithHosts(lab: Lab) -> None:
