@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
     from conchkernel.attachment import Attachment
     from conchkernel.names import Name
+    from conchkernel.ssh.transport import GatewayTransport
+
+#: The client hears this from one that was asked to end, or whose front has died.
+_ENDED = b"conchkernel proxy has been ended"
 
 
 @implementer(ICredentialsChecker)
@@ -67,7 +71,7 @@ class PipedConnection:
     def __init__(self, reactor: Any, name: Name, attachment: Attachment) -> None:
         self._reactor = reactor
         self._attachment = attachment
-        self._pipes: Pipes | None = None
+        self._transport: GatewayTransport | None = None
         self._starting: Deferred[str | None] | None = None
         backend = attachment.backend
         realm = KernelRealm(backend, files=StoreChoice(backend.contents))
@@ -91,11 +95,11 @@ class PipedConnection:
         :returns: whether there was something.
         """
         self._factory.doStart()
-        protocol = self._factory.buildProtocol(None)
-        self._pipes = Pipes(self._reactor, protocol, incoming, outgoing)
+        self._transport = self._factory.buildProtocol(None)
+        pipes = Pipes(self._reactor, self._transport, incoming, outgoing)
         self._starting = Deferred.fromCoroutine(self._start(complain))
         watch = _Watch(self._reactor, front, self.end)
-        await self._pipes.closed
+        await pipes.closed
         watch.stop()
         self._factory.doStop()
         # What has not started by now is not waited for.
@@ -103,9 +107,9 @@ class PipedConnection:
         return await self._starting is None
 
     def end(self) -> None:
-        """Close the connection, after what is written already."""
-        if self._pipes is not None:
-            self._pipes.loseConnection()
+        """End the connection and say so; a client that takes nothing is not waited for."""
+        if self._transport is not None:
+            self._transport.sendDisconnect(DisconnectCode.BY_APPLICATION, _ENDED)
 
     async def _start(self, complain: Callable[[str], object]) -> str | None:
         """Be attached; the sentence why not."""

@@ -7,6 +7,7 @@ all of that.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -23,6 +24,8 @@ from zope.interface import implementer
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IProtocol
+
+    Data = bytes | memoryview
 
 #: What a pipe is asked to hold; Linux gives it 64 KiB unasked, and as much as this to anybody.
 _PIPE_BYTES = 1024 * 1024
@@ -88,21 +91,26 @@ class Pipes(FileDescriptor):
             os.set_blocking(fd, False)
             _widen(fd)
         self.connected = 1
-        protocol.makeConnection(self)
+        # In this order, so that the protocol may change its mind.
         self.startReading()
+        protocol.makeConnection(self)
 
     def fileno(self) -> int:
         """The descriptor that is written to; ``-1`` afterwards."""
         return self._outgoing
 
-    def writeSomeData(self, data: bytes) -> int | BaseException:
-        """See :class:`FileDescriptor`."""
+    def writeSomeData(self, data: Data) -> int | BaseException:
+        """Hand over what is taken at once, of data that is not kept.
+
+        :returns: how many bytes that were, or why there will be no more.
+        """
         try:
             return os.write(self._outgoing, data)
         except (BlockingIOError, InterruptedError):
             return 0
-        except OSError:
-            return CONNECTION_LOST
+        except OSError as error:
+            # The system has no room, which passes; said of sockets only.
+            return 0 if error.errno == errno.ENOBUFS else CONNECTION_LOST
 
     def startReading(self) -> None:
         """Read from the other descriptor."""
@@ -111,6 +119,11 @@ class Pipes(FileDescriptor):
     def stopReading(self) -> None:
         """Leave what comes where it is."""
         self.reactor.removeReader(self._incoming)
+
+    def loseWriteConnection(self) -> None:
+        """End what we write, after what is written already; nothing where it has ended."""
+        if self.connected and not self._writeDisconnected:
+            super().loseWriteConnection()
 
     def _closeWriteConnection(self) -> None:
         self._closeOutgoing()
@@ -130,8 +143,9 @@ class Pipes(FileDescriptor):
             os.close(fd)
 
     def abortConnection(self) -> None:
-        """Close at once, whatever is unsent."""
+        """Close at once, whatever is unsent. Nothing is taken or brought any more."""
         if self.connected:
+            self.connected = 0
             self.stopReading()
             self.stopWriting()
             self._clock.callLater(0, self.connectionLost, Failure(CONNECTION_LOST))
@@ -143,8 +157,10 @@ class Pipes(FileDescriptor):
         super().connectionLost(reason)
         self._closeOutgoing()
         os.close(self._incoming.fileno())
-        self.protocol.connectionLost(reason)
-        self.closed.callback(None)
+        try:
+            self.protocol.connectionLost(reason)
+        finally:
+            self.closed.callback(None)
 
     def getPeer(self) -> PipeAddress:
         """See :class:`twisted.internet.interfaces.ITransport`."""

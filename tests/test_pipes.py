@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import Protocol
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
+from twisted.python.failure import Failure
 
 from conchkernel.pipes import Pipes
+from conchkernel.ssh.tcp import PromptWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from twisted.python.failure import Failure
 
 
 class Kept(Protocol):
@@ -49,8 +53,8 @@ class Kept(Protocol):
 class Ends:
     """Both ends: ours as a transport, and what the client has."""
 
-    def __init__(self, kind: str) -> None:
-        self.protocol = Kept()
+    def __init__(self, kind: str, protocol: Kept | None = None) -> None:
+        self.protocol = protocol or Kept()
         if kind == "socket":
             ours, theirs = socket.socketpair()
             incoming, outgoing = os.dup(ours.fileno()), os.dup(ours.fileno())
@@ -80,10 +84,22 @@ def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
 
 
 def readAll(fd: int) -> bytes:
-    """Until the end."""
+    """Until the end, or until a socket's peer has gone without reading all."""
     data = b""
-    while piece := os.read(fd, 1 << 20):
-        data += piece
+    with contextlib.suppress(ConnectionResetError):
+        while piece := os.read(fd, 1 << 20):
+            data += piece
+    return data
+
+
+def readWhatIsThere(fd: int) -> bytes:
+    """Without waiting."""
+    data = b""
+    os.set_blocking(fd, False)
+    with contextlib.suppress(BlockingIOError):
+        while piece := os.read(fd, 1 << 20):
+            data += piece
+    os.set_blocking(fd, True)
     return data
 
 
@@ -164,3 +180,155 @@ async def test_aProducerIsPaused(ends: Ends) -> None:
     await resumed
     assert told == ["pause", "resume"]
     ends.pipes.unregisterProducer()
+
+
+@pytest_twisted.ensureDeferred
+async def test_itIsThereBeforeTheReactorTurns(ends: Ends) -> None:
+    """Where nothing waits, what is written at once has left when the call returns."""
+    PromptWriter(ends.pipes).write(memoryview(b"at once"))
+    assert readWhatIsThere(ends.reads) == b"at once"
+
+
+@pytest_twisted.ensureDeferred
+async def test_manyWritesOfAllSizes(ends: Ends) -> None:
+    """At once or not, from one buffer that is written to again, into what is empty, full or half
+    full: every byte arrives, once and in order."""
+    writer = PromptWriter(ends.pipes)
+    sizes = [1, 37, 52, 4096, 1, 100_000, 36, 300_000, 4097, 2] * 12
+    buffer = bytearray(max(sizes))
+    expected = bytearray()
+    reading: Deferred[bytes] | None = None
+    for number, size in enumerate(sizes):
+        buffer[:size] = os.urandom(16) * (size // 16) + os.urandom(size % 16)
+        expected += buffer[:size]
+        if number % 3:
+            writer.write(memoryview(buffer)[:size])
+        else:
+            ends.pipes.writeSequence([bytes(buffer[: size // 2]), bytes(buffer[size // 2 : size])])
+        if number == 40:  # it has been full for long
+            reading = deferToThread(readAll, ends.reads)
+        if number % 7 == 0:
+            await deferLater(reactor, 0)
+    ends.pipes.loseWriteConnection()
+    assert reading is not None
+    assert await reading == expected
+
+
+@pytest_twisted.ensureDeferred
+async def test_aWritersProducerIsPaused(ends: Ends) -> None:
+    """What is written at once is bounded like anything else: who writes is told to wait as soon
+    as more waits than the buffer's size, however small each piece is, and to go on only when all
+    of it has been taken."""
+    paused = False
+    resumed: Deferred[None] = Deferred()
+
+    class Producer:
+        def pauseProducing(self) -> None:
+            nonlocal paused
+            paused = True
+
+        def resumeProducing(self) -> None:
+            resumed.callback(None)
+
+        def stopProducing(self) -> None:
+            pass
+
+    ends.pipes.registerProducer(Producer(), True)
+    writer = PromptWriter(ends.pipes)
+    written = 0
+    while not paused:
+        writer.write(b"x" * 36)
+        written += 36
+    # As much as a pipe or a socket holds has been taken, and no more than the buffer waits.
+    held = len(readWhatIsThere(ends.reads))
+    assert 0 < written - held <= ends.pipes.bufferSize + 36
+    while held < written:
+        assert not resumed.called
+        held += len(await deferToThread(os.read, ends.reads, 1 << 20))
+    await resumed
+    ends.pipes.unregisterProducer()
+
+
+@pytest_twisted.ensureDeferred
+async def test_writingToWhoIsGone(ends: Ends) -> None:
+    """Is no error, and found again by the reactor."""
+    writer = PromptWriter(ends.pipes)
+    ends.close()
+    writer.write(b"x" * 100_000)
+    writer.write(b"x")
+    await ends.protocol.lost
+    writer.write(b"after the end")
+
+
+@pytest_twisted.ensureDeferred
+async def test_noRoomForTheMoment(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that has no buffer for a socket just now is asked again."""
+    write, refusals = os.write, 3
+
+    def refusing(fd: int, data: Any) -> int:
+        nonlocal refusals
+        if fd == ends.pipes.fileno() and refusals:
+            refusals -= 1
+            raise OSError(errno.ENOBUFS, "no room")
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", refusing)
+    PromptWriter(ends.pipes).write(b"late")
+    assert await deferToThread(os.read, ends.reads, 10) == b"late"
+    assert refusals == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_theEndOfAnEnd(ends: Ends) -> None:
+    """What is written after our end, a second end, and ends after the last are nothing."""
+    ends.pipes.loseWriteConnection()
+    assert await deferToThread(readAll, ends.reads) == b""
+    PromptWriter(ends.pipes).write(b"late")
+    ends.pipes.write(b"late")
+    ends.pipes.loseWriteConnection()
+    ends.pipes.loseConnection()
+    await ends.protocol.lost
+    ends.pipes.loseWriteConnection()
+    ends.pipes.resumeProducing()
+
+
+@pytest_twisted.ensureDeferred
+async def test_nothingAfterAnAbort(ends: Ends) -> None:
+    """Neither leaves anything any more, nor comes."""
+    ends.pipes.abortConnection()
+    os.write(ends.writes, b"too late")
+    PromptWriter(ends.pipes).write(b"late")
+    ends.pipes.write(b"late")
+    ends.pipes.resumeProducing()
+    ends.pipes.loseWriteConnection()
+    ends.pipes.loseConnection()
+    ends.pipes.abortConnection()
+    await ends.protocol.lost
+    assert await deferToThread(readAll, ends.reads) == b""
+    assert ends.protocol.received == b""
+
+
+@pytest.mark.parametrize("kind", ["pipes", "socket"])
+@pytest_twisted.ensureDeferred
+async def test_aProtocolWithAWillOfItsOwn(kind: str) -> None:
+    """One that does not want to read at first is not made to, and one that fails at the end does
+    not keep the others from knowing that it is over."""
+
+    class Wilful(Kept):
+        def connectionMade(self) -> None:
+            self.transport.pauseProducing()  # type: ignore[union-attr]
+
+        def connectionLost(self, reason: Failure = None) -> None:  # type: ignore[assignment]
+            raise RuntimeError("no")
+
+    ends = Ends(kind, Wilful())
+    os.write(ends.writes, b"wait")
+    await deferLater(reactor, 0)
+    await deferLater(reactor, 0)
+    assert ends.protocol.received == b""
+    ends.pipes.resumeProducing()
+    await ends.protocol.until(4)
+    with pytest.raises(RuntimeError, match="no"):
+        ends.pipes.connectionLost(Failure(CONNECTION_DONE))
+    await ends.pipes.closed
+    ends.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -311,11 +313,45 @@ def test_bothAreKilled(known: Lab) -> None:
 
 
 def test_askedToEnd(known: Lab) -> None:
-    """SIGTERM: at once, and tidily."""
+    """SIGTERM: at once, tidily, and ssh says why."""
+    with known.started(*ALONE, "echo here; read word", stderr=subprocess.PIPE) as process:
+        read_until(process.stdout, b"here\n")
+        (worker,) = known.workers()
+        worker.terminate()
+        assert process.stderr is not None
+        assert b"conchkernel proxy has been ended" in process.stderr.read()
+        assert process.wait(PATIENCE) == 255
+    until(known.is_clean, "kernel and processes are gone")
     assert known.ssh("true").status == 0
     (worker,) = known.workers()
     worker.terminate()
     until(known.is_clean, "kernel and processes are gone")
+
+
+def waitingBetween(one: int, other: int) -> int:
+    """How many bytes are in the pipes that two processes share."""
+
+    def pipes(pid: int) -> dict[str, Path]:
+        fds = {fd: os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+        return {link: fd for fd, link in fds.items() if link.startswith("pipe:")}
+
+    count = 0
+    for link in pipes(one).keys() & pipes(other).keys():
+        fd = os.open(pipes(one)[link], os.O_RDONLY | os.O_NONBLOCK)
+        count += int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+        os.close(fd)
+    return count
+
+
+def test_endedWhileSSHTakesNothing(known: Lab) -> None:
+    """Whoever has stopped ssh amid a flood does not keep the worker from ending, nor the kernel."""
+    with known.started(*ALONE, "yes") as process:
+        read_until(process.stdout, b"y\n")
+        (worker,) = known.workers()
+        process.send_signal(signal.SIGSTOP)
+        until(lambda: waitingBetween(process.pid, worker.pid) >= 64 * 1024, "the pipe is full")
+        worker.terminate()
+        until(known.is_clean, "kernel and processes are gone")
 
 
 @pytest.mark.parametrize(
