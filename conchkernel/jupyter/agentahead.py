@@ -25,14 +25,15 @@ MAX_FILES = 16
 class Ahead:
     """All of a file.
 
+    :ivar attributes: as they were at the OPEN; ``None`` once they were told.
     :param stirred: the link's count when the OPEN was sent.
     :param until: when nobody is told of it any more.
     """
 
-    __slots__ = ("_attributes", "_data", "_position", "_stirred", "_until")
+    __slots__ = ("_data", "_position", "_stirred", "_until", "attributes")
 
     def __init__(self, attributes: Attributes, data: bytes, stirred: int, until: float) -> None:
-        self._attributes: Attributes | None = attributes
+        self.attributes: Attributes | None = attributes
         self._data: bytes | None = data
         self._position = 0
         self._stirred = stirred
@@ -47,11 +48,11 @@ class Ahead:
 
     def forget(self) -> None:
         """Tell no more of it."""
-        self._data = self._attributes = None
+        self._data = self.attributes = None
 
     def stat(self) -> Attributes | None:
         """The attributes, once."""
-        attributes, self._attributes = self._attributes, None
+        attributes, self.attributes = self.attributes, None
         return attributes
 
     def read(self, offset: int, length: int) -> bytes | None:

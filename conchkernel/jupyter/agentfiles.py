@@ -33,6 +33,7 @@ from conchkernel.interfaces import Exit, IStreamReceiver
 from conchkernel.jupyter.agentahead import AHEAD_SECONDS, MAX_FILES, Ahead
 from conchkernel.jupyter.agenthandles import AgentFile, AgentListing
 from conchkernel.jupyter.filecodec import Owners, filesystem, pack_attributes, take_name
+from conchkernel.jupyter.foresight import Foresight
 from conchkernel.remote import filewire as fw
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class AgentFileStore:
         self._unsent = b""  # requests that go with the next one
         self._sendingSoon = False
         self._aheads: deque[Ahead] = deque()
+        self._foresight = Foresight(self, clock)
         self.owners = Owners()
         self._lost: Exception | None = None
         self._closing: list[Deferred[None]] = []
@@ -151,6 +153,7 @@ class AgentFileStore:
     def streamClosed(self, reason: Exception | None) -> None:
         """The road is gone: everything fails."""
         self._lost = reason or LinkLost("the files were closed")
+        self._foresight.stop()
         pending, self._pending = self._pending, {}
         if not self.ready.called:
             self.ready.errback(self._lost)
@@ -193,7 +196,7 @@ class AgentFileStore:
         if length > fw.MAX_RECORD:
             return fail(FileStoreError(FileProblem.NAME_TOO_LONG))
         if operation in fw.CHANGING:
-            self._link.stirred += 1
+            self._changing()
         head = self._unsent + fw.HEAD.pack(length, number, operation)
         self._unsent = b""
         if len(data) <= _JOINED:
@@ -205,6 +208,11 @@ class AgentFileStore:
             partial(self._cancelled, number, handle), decode
         )
         return request
+
+    def _changing(self) -> None:
+        """What is asked next changes something that was told early."""
+        self._link.stirred += 1
+        self._foresight.forget()
 
     def _cancelled(self, number: int, handle: int | None, request: Deferred[Any]) -> None:
         """Nobody waits any more: the answer is dropped when it comes."""
@@ -240,6 +248,11 @@ class AgentFileStore:
         """Whether anything can still be asked."""
         return self._lost is None
 
+    @property
+    def stirred(self) -> int:
+        """See :attr:`conchkernel.jupyter.link.Link.stirred`."""
+        return self._link.stirred
+
     def isFresh(self, ahead: Ahead) -> bool:
         """Whether a file that came whole may still be told."""
         fresh = ahead.isFresh(self._link.stirred, self._clock.seconds())
@@ -272,9 +285,30 @@ class AgentFileStore:
 
     def open(self, path: bytes, flags: OpenFlag, attributes: Attributes) -> Deferred[IOpenFile]:
         """See :class:`IFileStore`."""
+        if flags == fw.OPEN_READ:
+            return self._foreseen(fw.OPEN, path)
+        return self._open(path, flags, attributes)
+
+    def _foreseen(self, operation: int, path: bytes) -> Deferred[Any]:
+        """What may have been asked already, and what tells of what will be."""
+        answer = self._foresight.take(operation, path)
+        if answer is None:
+            answer = self.askNow(operation, path)
+        self._foresight.asked(operation, path)
+        return answer
+
+    def askNow(self, operation: int, path: bytes) -> Deferred[Any]:
+        """Ask one of the questions that may be asked early: OPEN for reading, STAT, LSTAT."""
+        if operation == fw.OPEN:
+            return self._open(path, OpenFlag.READ, Attributes())
+        return self.ask(operation, path, self.owners.attributes)
+
+    def _open(
+        self, path: bytes, flags: OpenFlag, attributes: Attributes
+    ) -> Deferred[IOpenFile]:
         handle = self._new_handle()
         if flags & fw.OPEN_CHANGES:
-            self._link.stirred += 1
+            self._changing()
         stirred, until = self._link.stirred, self._clock.seconds() + AHEAD_SECONDS
 
         def decode(answer: memoryview) -> AgentFile:
@@ -292,7 +326,7 @@ class AgentFileStore:
 
     def stat(self, path: bytes, *, follow: bool = True) -> Deferred[Attributes]:
         """See :class:`IFileStore`."""
-        return self.ask(fw.STAT if follow else fw.LSTAT, path, self.owners.attributes)
+        return self._foreseen(fw.STAT if follow else fw.LSTAT, path)
 
     def setAttributes(
         self, path: bytes, attributes: Attributes, *, follow: bool = True
@@ -310,7 +344,7 @@ class AgentFileStore:
             lambda _: listing,
             handle=handle,
         )
-        listing = AgentListing(self, handle)
+        listing = AgentListing(self, handle, self._foresight.listing(path))
         return opened
 
     def remove(self, path: bytes) -> Deferred[None]:

@@ -25,6 +25,7 @@ from conchkernel.remote import filewire as fw
 if TYPE_CHECKING:
     from conchkernel.jupyter.agentahead import Ahead
     from conchkernel.jupyter.agentfiles import AgentFileStore
+    from conchkernel.jupyter.foresight import Listing
 
 
 @implementer(IOpenFile)
@@ -43,6 +44,11 @@ class AgentFile:
         self._handle = fw.HANDLE.pack(handle)
         self._readOnly = readOnly
         self._ahead = ahead
+
+    @property
+    def attributes(self) -> Attributes | None:
+        """As they were when it was opened, if it came whole."""
+        return None if self._ahead is None else self._ahead.attributes
 
     def _fresh(self) -> Ahead | None:
         ahead = self._ahead
@@ -105,11 +111,15 @@ class AgentFile:
 
 @implementer(IListing)
 class AgentListing:
-    """A directory that the agent reads; one piece is always on its way or here."""
+    """A directory that the agent reads; one piece is always on its way or here.
 
-    def __init__(self, store: AgentFileStore, handle: int) -> None:
+    :param listing: is told what was found.
+    """
+
+    def __init__(self, store: AgentFileStore, handle: int, listing: Listing) -> None:
         self.store = store
         self._handle = fw.HANDLE.pack(handle)
+        self._listing = listing
         self._here: bytes | Failure | None = None
         self._waiting: Deferred[bytes] | None = None
         self._ask()
@@ -144,9 +154,11 @@ class AgentListing:
         else:
             self._here = piece
         try:
-            return self.store.owners.entries(piece)
+            entries = self.store.owners.entries(piece)
         except (ValueError, IndexError, struct.error):
             raise FileStoreError(FileProblem.FAILURE, "a malformed listing") from None
+        self._listing.add(entries)
+        return entries
 
     def close(self) -> Deferred[None]:
         """See :class:`IListing`."""

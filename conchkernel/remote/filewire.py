@@ -63,7 +63,8 @@ MAX_RECORD = 256 * 1024
 MAX_AHEAD = 32 * 1024
 #: A path; Linux takes 4095. Longer ones are told so by the system, not cut.
 MAX_PATH = 65535
-MAX_HANDLES = 256
+#: A client has 256, and the gateway opens some early.
+MAX_HANDLES = 256 + 32
 #: Entries of one READDIR, in bytes: some hundred names.
 LISTING_BYTES = 64 * 1024
 #: Accounts and groups of one NAMES.

@@ -592,6 +592,49 @@ async def _emptied(store, path):
     await (await store.open(path, NEW, NOTHING)).close()
 
 
+@pytest.mark.parametrize("names", ["listed", "sorted"])
+@pytest_twisted.ensureDeferred
+async def test_files_of_a_listing_one_after_another(place, names):
+    """Each is what it is, changed meanwhile by this gateway or not, and closed in the end."""
+    store, agent = place.store, await agent_of(place.link)
+    for number in range(40):
+        await place.put(b"%02d" % number, b"content of %d" % number)
+    listing = await store.listDirectory(place.base)
+    listed = []
+    while entries := await listing.next():
+        listed += [entry.name for entry in entries if entry.name[:1] != b"."]
+    await listing.close()
+    other = await place.link.openFiles(None, False)
+    order = listed if names == "listed" else sorted(listed)
+    for name in order:
+        told = await store.stat(place.path(name), follow=False)
+        assert told.size == len(b"content of %d" % int(name))
+    for turn, name in enumerate(order):
+        expected = b"content of %d" % int(name)
+        if turn in (10, 20):
+            expected = b"changed"
+            through = store if turn == 10 else other
+            changing = await through.open(place.path(name), NEW, NOTHING)
+            await changing.write(0, expected)
+            await changing.close()
+        if turn == 30:
+            await store.remove(place.path(name))
+            with problem(FileProblem.NOT_FOUND):
+                await store.stat(place.path(name))
+            with problem(FileProblem.NOT_FOUND):
+                await store.open(place.path(name), READ, NOTHING)
+            continue
+        assert (await store.stat(place.path(name))).size == len(expected)
+        file = await store.open(place.path(name), READ, NOTHING)
+        assert await read(file, 0, 100) + await read(file, len(expected), 100) == expected
+        await file.close()
+    await other.close()
+    # A change closes whatever was opened early.
+    await store.setAttributes(place.path(order[0]), Attributes(mode=0o600))
+    opened = [os.readlink(f"/proc/{agent}/fd/{fd}") for fd in os.listdir(f"/proc/{agent}/fd")]
+    assert not [path for path in opened if path.startswith(os.fsdecode(place.base))]
+
+
 @pytest.mark.parametrize("path", [b"/proc/version", b"/sys/kernel/mm/transparent_hugepage/enabled"])
 @pytest_twisted.ensureDeferred
 async def test_files_whose_size_is_not_what_can_be_read(place, path):
