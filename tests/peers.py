@@ -145,3 +145,53 @@ def serving() -> Iterator[Callable[..., Peer]]:
     yield start
     for peer in peers:
         peer.close()
+
+
+class Detour:
+    """A road to a port of loopback, which can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._open = threading.Event()
+        self._open.set()
+        self._sockets: set[socket.socket] = set()
+        self._peer = Peer(self._serve)
+        self.port = self._peer.port
+
+    def _serve(self, near: socket.socket) -> None:
+        if not self._open.is_set():
+            return
+        with socket.create_connection(("127.0.0.1", self._port)) as far:
+            both = {near, far}
+            self._sockets |= both
+            for one in both:
+                one.settimeout(None)
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(self._copy, near, far)
+                self._copy(far, near)
+            self._sockets -= both
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                target.sendall(piece)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """End what goes over it, and let nobody on."""
+        self._open.clear()
+        for one in list(self._sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Let people on again."""
+        self._open.set()
+
+    def close(self) -> None:
+        """End it for good."""
+        self.cut()
+        self._peer.close()

@@ -2,7 +2,9 @@
 
 Runs in the agent. Nothing is read that the stream does not take, and nothing is granted that the
 socket has not taken. Each direction ends by itself, and the stream when both have, as a channel of
-sshd's does (channels.c): what one side sent before its end always arrives.
+sshd's does (channels.c): what one side sent before its end always arrives. A socket that is given
+up between the first byte for it and the gateway's EOF is reset: what came to its peer is not whole,
+and does not look so.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
 #: Seconds for which a Unix socket's full queue is waited for.
 _PATIENCE = 30
+
+#: What closing a socket does (``struct linger``): reset it, or deliver what was written.
+_RESET, _FLUSH = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -183,6 +188,8 @@ class Connection(Service):
         self._socket.setblocking(False)
         if self._socket.family != socket.AF_UNIX:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Also where the agent is killed: then the system closes it.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._stream.control(wire.OPENED, b"{}")
         if self._backlog:
             self._agent.watch_write(self._socket.fileno(), self._writable)
@@ -367,4 +374,10 @@ class Connection(Service):
             fd = taken.fileno()
             self._agent.unwatch_read(fd)
             self._agent.unwatch_write(fd)
+            whole = self._written_all or not self._consumed
+            if whole and taken.family != socket.AF_UNIX:
+                try:
+                    taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FLUSH)
+                except OSError:
+                    pass  # macOS, where the peer has gone already
             taken.close()

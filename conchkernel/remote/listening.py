@@ -7,6 +7,7 @@ others stay in the system's own queue.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -123,10 +124,16 @@ class Listener(Service):
             raise
 
     def _listen_at(self, path: str) -> None:
-        """One at a path where nothing is yet; only this account can connect."""
+        """One at a path where nothing is that anybody could miss; only this account can connect."""
         made = socket.socket(socket.AF_UNIX)
         try:
-            made.bind(path)
+            try:
+                made.bind(path)
+            except OSError:
+                if not _is_dead(path):
+                    raise
+                os.unlink(path)
+                made.bind(path)
             # Nobody can connect before listen(), so there is no moment with a wider mode.
             os.chmod(path, 0o600)
             made.listen(BACKLOG)
@@ -216,6 +223,20 @@ class Listener(Service):
                 os.rmdir(self._directory)
             except OSError:
                 pass
+
+
+def _is_dead(path: str) -> bool:
+    """Whether it is a socket of this account that has lost its listener, as when an agent was
+    killed: the next one is to listen there again."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
 def connect(

@@ -381,6 +381,24 @@ async def test_a_unix_socket_is_made_for_its_owner_and_removed(link, tmp_path):
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_dead_socket_is_in_nobodys_way(link, tmp_path):
+    """One of a program that was killed; but another one's kind of socket is not touched."""
+    dead, other = tmp_path / "dead", tmp_path / "other"
+    for path, kind in ((dead, socket.SOCK_STREAM), (other, socket.SOCK_DGRAM)):
+        with socket.socket(socket.AF_UNIX, kind) as left:
+            left.bind(str(path))
+            if kind == socket.SOCK_DGRAM:
+                with pytest.raises(StreamRefused, match="in use"):
+                    await link.listen(SocketPath(os.fsencode(path)), Taker())
+    taker = await listen(link, SocketPath(os.fsencode(dead)))
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(dead))
+        while not taker.taken:
+            await collector_turn()
+    taker.listener.close()
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_socket_that_was_replaced_is_left_alone(link, tmp_path):
     """Only what we made is removed."""
     path = tmp_path / "s"
@@ -466,18 +484,28 @@ async def test_more_wait_than_the_agent_holds(link):
 
 @pytest_twisted.ensureDeferred
 async def test_a_use_that_is_over_leaves_nothing(backend, serving, tmp_path):
-    """Listeners and connections go with it."""
+    """Listeners and connections go with it; the peer does not take it for the client's EOF."""
     use = await backend.connect("owner")
     path = tmp_path / "s"
     await listen(use, SocketPath(os.fsencode(path)))
     ends = []
-    peer = serving(lambda connection: ends.append(received(connection)))
+
+    def serve(connection):
+        connection.sendall(connection.recv(1))
+        try:
+            ends.append(received(connection))
+        except ConnectionResetError as error:
+            ends.append(error)
+
+    peer = serving(serve)
     collector = connect(use, peer.tcp)
-    await collector.until(lambda: collector.opened is not None)
+    collector.stream.write(b"x")
+    await collector.untilOutput(b"x")
     use.release()
     await collector.untilClosed()
     while path.exists() or not ends:
         await collector_turn()
+    assert isinstance(ends[0], ConnectionResetError)
     # and the agent serves on
     use = await backend.connect("owner")
     collector = Collector()

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import json
 import os
-import signal
 import subprocess
-import urllib.request
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import paramiko
-import psutil
 import pytest
 
 from ..jupyters import start_jupyter
 from .conftest import PATIENCE, running, until
+from .faults import (
+    kill_jupyter,
+    kill_the_agent,
+    kill_the_kernel,
+    restart_the_kernel,
+    stop_for_a_while,
+)
 from .filetrees import BULK, Far, far_on
 from .test_paramiko import transport
 
@@ -90,11 +93,6 @@ def is_begun(path: Path) -> bool:
     return len(data) < len(LARGE) and LARGE.startswith(data)
 
 
-def kernels_of(far: Far) -> list[psutil.Process]:
-    """The processes that a Jupyter server has started."""
-    return psutil.Process(far.host.jupyter.pid).children(recursive=True)  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("way", ["put", "get"])
 def test_the_client_is_killed(far: Far, tmp_path: Path, way: str) -> None:
     """What came is there and no more; the same file can be written anew."""
@@ -109,54 +107,13 @@ def test_the_client_is_killed(far: Far, tmp_path: Path, way: str) -> None:
     assert (far.root / f"{tmp_path.name}-{way}").read_bytes() == b"again"
 
 
-def stop_for_a_while(far: Far) -> None:
-    """Jupyter stands still, and goes on."""
-    pid = far.host.jupyter.pid  # type: ignore[attr-defined]
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(["sleep", "1.5"], check=True, timeout=PATIENCE)
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def restart_the_kernel(far: Far) -> None:
-    """As a notebook's button does."""
-    jupyter: Any = far.host.jupyter  # type: ignore[attr-defined]
-    headers = {"Authorization": f"token {jupyter.token}"}
-
-    def ask(method: str, path: str) -> bytes:
-        request = urllib.request.Request(f"{jupyter.url}{path}", method=method, headers=headers)
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            return bytes(answer.read())
-
-    for kernel in json.loads(ask("GET", "api/kernels")):
-        ask("POST", f"api/kernels/{kernel['id']}/restart")
-
-
-def kill_the_kernel(far: Far) -> None:
-    """And all that it has started."""
-    for process in kernels_of(far):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def kill_jupyter(far: Far) -> None:
-    """And all that it has started."""
-    children = kernels_of(far)
-    os.kill(far.host.jupyter.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-    for process in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
 @pytest.mark.parametrize(
     "fault", [stop_for_a_while, restart_the_kernel, kill_the_kernel, kill_jupyter]
 )
-def test_the_road_breaks(frail: Far, tmp_path: Path, fault: Callable[[Far], None]) -> None:
+def test_the_road_breaks(frail: Far, tmp_path: Path, fault: Callable[[GatewayHost], None]) -> None:
     """Success means that all is there; otherwise there is an error, and a beginning at most."""
     with transfer(frail, tmp_path, "put") as put, transfer(frail, tmp_path, "get") as get:
-        fault(frail)
+        fault(frail.host)  # type: ignore[arg-type]
         for process, target in (put, get):
             if fault is kill_jupyter and frail.store == "agent":
                 # It may come back, and is waited for: a minute, and then the client hears of it.
@@ -176,21 +133,16 @@ def test_the_road_breaks(frail: Far, tmp_path: Path, fault: Callable[[Far], None
         assert (frail.root / "small").read_bytes() == b"small"
 
 
-def kill_the_agent(far: Far) -> None:
-    """With all that it runs."""
-    far.host.road().processes["agent"].kill()  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("fault", [kill_the_agent, stop_for_a_while])
 def test_a_store_that_comes_back_is_used_again(
-    gateway: GatewayHost, tmp_path: Path, fault: Callable[[Far], None]
+    gateway: GatewayHost, tmp_path: Path, fault: Callable[[GatewayHost], None]
 ) -> None:
     """By the same connection, in the session that it was lost under and in a new one."""
     far = far_on(gateway, "agent", tmp_path)
     (far.root / "file").write_bytes(BULK)
     with client_of(gateway) as client, gateway.master() as option:
         lost = client.open(f"{far.path}/file")
-        fault(far)
+        fault(gateway)
         if fault is kill_the_agent:
             with pytest.raises(OSError, match=r"."):
                 lost.read(100)
@@ -223,7 +175,7 @@ def test_jupyter_comes_back_within_a_minute(client_home: Path, tmp_path: Path) -
         with running("returning", tmp_path, client_home, server, *options) as made:
             far = far_on(made, "agent", tmp_path)
             with transfer(far, tmp_path, "put") as put, transfer(far, tmp_path, "get") as get:
-                kill_jupyter(far)
+                kill_jupyter(far.host)  # type: ignore[arg-type]
                 server.restart()
                 for process, target in (put, get):
                     assert process.wait(2 * PATIENCE) == 0
