@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from twisted.internet.threads import deferToThread
 from conchkernel import wire
 from conchkernel.errors import StreamRefused
 from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
-from conchkernel.jupyter import injection
+from conchkernel.jupyter import injection, link
 from conchkernel.loopback import LoopbackBackend
 from conchkernel.remote import agent as module
 
-from .collector import Collector
+from .collector import PATIENCE_SECONDS, Collector
+from .peers import received
 
 
 @pytest.fixture
@@ -215,6 +217,31 @@ async def test_a_defect_in_starting_is_answered(monkeypatch):
     collector = await run_after(monkeypatch, _DEFECT, b"echo here", TERMINAL)
     assert isinstance(collector.reason, StreamRefused)
     assert collector.exit is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_end_is_told_at_once(monkeypatch, serving):
+    """The EOF of a connection does not wait for the next word of the gateway's."""
+    monkeypatch.setattr(link, "FIRST_PINGS", -1)
+    backend = LoopbackBackend(reactor)
+    backend.link._pingSeconds = 1000
+    await backend.start()
+    try:
+        go = threading.Event()
+
+        def ends_first(connection):
+            go.wait(PATIENCE_SECONDS)
+            connection.shutdown(socket.SHUT_WR)
+            received(connection)
+
+        use = await backend.connect("owner")
+        collector = Collector()
+        use.openConnection(serving(ends_first).tcp, collector).grant(1000)
+        await collector.until(lambda: collector.opened is not None)
+        go.set()
+        await collector.until(lambda: collector.eof)
+    finally:
+        await backend.stop()
 
 
 def test_a_session_that_cannot_go_on_begins_anew(backend):

@@ -236,6 +236,7 @@ class Connection(Service):
         else:
             stream.append(wire.EOF)
             self._end_reading()
+            self._agent.settle(self.session)
 
     def _end_reading(self) -> None:
         self._read_all = True

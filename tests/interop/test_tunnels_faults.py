@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import queue
 import re
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ..jupyters import start_jupyter
-from ..peers import Detour, dial, echo, exchange
-from .conftest import PATIENCE, free_port, running, until
+from ..peers import Detour, dial, echo, exchange, received, reset, taken
+from .conftest import PATIENCE, GatewayHost, free_port, running, until
 from .faults import (
     delete_the_kernel,
     kill_the_agent,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..peers import Peer
-    from .conftest import GatewayHost
+    from .conftest import Host
 
     Serving = Callable[..., Peer]
 
@@ -258,3 +260,231 @@ def test_the_agent_is_killed(master: Master, serving: Serving) -> None:
     assert "rcvd close" in said
     assert "rcvd eof" not in said
     until(master.serves, "it serves again")
+
+
+# --- the ends --------------------------------------------------------------------------------
+
+
+class Ways:
+    """Tunnels to one server by each way, made by one client.
+
+    :ivar near: connects here to what serves on the host.
+    :ivar far: connects on the host to what serves here.
+    """
+
+    def __init__(self, host: Host, option: str, port: int) -> None:
+        local, proxy = free_port(), free_port()
+        to = f"localhost:{port}"
+        made = host.ssh(option, "-Oforward", f"-L{local}:{to}", f"-D{proxy}", f"-R0:{to}")
+        assert (made.status, made.err) == (0, "")
+        remote = int(made.out)
+        self.near = (lambda: dial(local), lambda: socks(proxy, port))
+        self.far = (lambda: dial(remote),)
+
+
+@contextlib.contextmanager
+def leaving_nothing(host: Host) -> Iterator[None]:
+    """In the end gateway and agent have the descriptors that they had."""
+    if not isinstance(host, GatewayHost):
+        yield
+        return
+    processes = host.road().processes
+    watched = [processes[name] for name in ("gateway", "agent")]
+
+    def count() -> list[int]:
+        return [one.num_fds() for one in watched]
+
+    before = count()
+    yield
+    # An HTTP connection that was kept for later may be given up meanwhile.
+    until(
+        lambda: all(now <= then for now, then in zip(count(), before, strict=True)),
+        f"of gateway and agent {before} descriptors are left",
+    )
+
+
+def test_an_end_resets(host: Host, serving: Serving) -> None:
+    """Whoever is at the other one hears of it at once, after what was sent before; nothing is
+    left of a hundred of them."""
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def answers_and_resets(connection: socket.socket) -> None:
+        connection.sendall(b"before")
+        connection.recv(1)
+        reset(connection)
+
+    def listens(connection: socket.socket) -> None:
+        connection.sendall(b"!")
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := connection.recv(100):
+                data += piece
+        heard.put(data)
+
+    with host.master() as option:
+        resetting, listening = (
+            Ways(host, option, serving(serve).port) for serve in (answers_and_resets, listens)
+        )
+        with leaving_nothing(host):
+            for connect in (*resetting.near, *resetting.far):
+                for _ in range(17):
+                    with connect() as connection:
+                        assert taken(connection, 6) == b"before"
+                        connection.sendall(b"x")
+                        with contextlib.suppress(ConnectionResetError):
+                            assert connection.recv(1) == b""
+            for connect in (*listening.near, *listening.far):
+                for _ in range(17):
+                    connection = connect()
+                    assert taken(connection, 1) == b"!"
+                    connection.sendall(b"before")
+                    reset(connection)
+                    assert heard.get(timeout=PATIENCE) in (b"", b"before")
+        assert host.ssh(option, "cat", given=b"on") == (0, b"on", "")
+
+
+def send_for_ever(connection: socket.socket) -> None:
+    """Until it is closed."""
+    while True:
+        connection.sendall(BACK[:1_000_000])
+
+
+class Flood:
+    """Sends and reads without end, until the other end is gone; then resets its own."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.count = 0
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Go on until it has ended."""
+        with ThreadPoolExecutor(1) as pool, contextlib.suppress(OSError):
+            pool.submit(self._send)
+            while piece := self.connection.recv(65536):
+                self.count += len(piece)
+        reset(self.connection)
+        self.ended.set()
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):
+            send_for_ever(self.connection)
+
+
+def test_an_end_resets_while_much_is_under_way(host: Host, serving: Serving) -> None:
+    """In both directions; the other end hears of it."""
+    arrived: queue.SimpleQueue[Flood] = queue.SimpleQueue()
+
+    def serve(connection: socket.socket) -> None:
+        flood = Flood(connection)
+        arrived.put(flood)
+        flood.run()
+
+    with host.master() as option:
+        ways = Ways(host, option, serving(serve).port)
+        with leaving_nothing(host):
+            for connect in (*ways.near, *ways.far):
+                for leaves in (0, 1):
+                    flood = Flood(connect())
+                    threading.Thread(target=flood.run, daemon=True).start()
+                    both = flood, arrived.get(timeout=PATIENCE)
+                    until(lambda both=both: min(one.count for one in both) > 3_000_000)
+                    # Both its threads end, and it is reset.
+                    both[leaves].connection.shutdown(socket.SHUT_RDWR)
+                    for one in both:
+                        assert one.ended.wait(PATIENCE)
+        assert host.ssh(option, "cat", given=b"on") == (0, b"on", "")
+
+
+def test_an_end_that_has_sent_all_goes_away(host: Host, serving: Serving) -> None:
+    """It is not there any more for what still comes; the other end hears of it at its next
+    bytes, and nothing is left."""
+
+    def leaves(connection: socket.socket) -> None:
+        connection.sendall(b"all")
+        taken(connection, 3)
+
+    with host.master() as option:
+        ways = Ways(host, option, serving(leaves).port)
+        with leaving_nothing(host):
+            for connect in (*ways.near, *ways.far):
+                with connect() as connection:
+                    connection.sendall(b"now")
+                    assert received(connection) == b"all"
+                    with pytest.raises(ConnectionError):
+                        send_for_ever(connection)
+
+
+def test_half_of_a_connection_is_enough(host: Host, serving: Serving) -> None:
+    """One end has sent all, before anything or after it; the other goes on for long."""
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def ends_first(connection: socket.socket) -> None:
+        connection.shutdown(socket.SHUT_WR)
+        heard.put(hashlib.sha256(received(connection)).digest())
+
+    def answers(connection: socket.socket) -> None:
+        received(connection)
+        connection.sendall(BACK)
+
+    with host.master() as option:
+        ending, answering = (Ways(host, option, serving(one).port) for one in (ends_first, answers))
+        with leaving_nothing(host):
+            for connect in (*ending.near, *ending.far):
+                with connect() as connection:
+                    assert received(connection) == b""
+                    connection.sendall(THERE)
+                    connection.shutdown(socket.SHUT_WR)
+                    assert heard.get(timeout=PATIENCE) == hashlib.sha256(THERE).digest()
+            for connect in (*answering.near, *answering.far):
+                with connect() as connection:
+                    connection.shutdown(socket.SHUT_WR)
+                    assert hashlib.sha256(received(connection)).digest() == (
+                        hashlib.sha256(BACK).digest()
+                    )
+
+
+# --- clients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["whoever connected", "the client"])
+def test_many_streams_that_nobody_reads(
+    gateway: GatewayHost, serving: Serving, tmp_path: Path, who: str
+) -> None:
+    """They stop those who send, and take little memory on the road; another client is served
+    meanwhile."""
+    stopped = threading.Semaphore(0)
+
+    def floods(connection: socket.socket) -> None:
+        connection.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                connection.send(BACK[:1_000_000])
+        stopped.release()
+        connection.settimeout(None)
+        connection.sendall(b"the end")
+
+    local = tmp_path / "local"
+    many = 100
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(
+            gateway.started(f"-L{local}:localhost:{serving(floods, backlog=many).port}", "-N")
+        )
+        until(local.exists, "the client listens")
+        road = gateway.road()
+        before = road.resident()
+        for _ in range(many):
+            assert stack.enter_context(dial(local)).recv(1)
+        if who == "the client":
+            client.send_signal(signal.SIGSTOP)
+            stack.callback(client.send_signal, signal.SIGCONT)
+        for _ in range(many):
+            assert stopped.acquire(timeout=2 * PATIENCE)
+        grown = {name: size - before[name] for name, size in road.resident().items()}
+        with gateway.forwarding(f"-L{tmp_path}/other:localhost:{serving(echo).port}"):
+            with dial(tmp_path / "other") as connection:
+                assert exchange(connection, THERE) == THERE
+        assert gateway.ssh("cat", given=THERE) == (0, THERE, "")
+        # 32 MiB for all tunnels of a connection, or 64 KiB for each; and nothing elsewhere.
+        for name, size in grown.items():
+            assert size < (80 if name == "gateway" else 16) << 20, grown
