@@ -159,7 +159,12 @@ class IStreamReceiver(Interface):
 
 
 class IStream(Interface):
-    """One process or connection on the kernel's host, seen from the gateway."""
+    """One process or connection on the kernel's host, seen from the gateway.
+
+    What is asked beside the bytes (:meth:`resize`, :meth:`signal`, :meth:`sendBreak`,
+    :meth:`stopReading`) raises :class:`~conchkernel.errors.StreamRefused` while thousands of the
+    like wait for the road already.
+    """
 
     def write(data: bytes) -> None:
         """Give bytes to the process's stdin or terminal. ``data`` is kept, not copied."""

@@ -329,6 +329,11 @@ class Endpoint:
             raise WireViolation("the peer asks for more than it takes answers")
         self._control.append(FRAME.pack(frame_type, 0, stream_id, len(payload)) + payload)
 
+    @property
+    def crowded(self) -> bool:
+        """More waits than anybody should still be asked for, but far from what is too much."""
+        return len(self._control) >= MAX_CONTROL >> 4
+
     def ping(self, now: float) -> None:
         """Queue a PING; a quick answer refreshes :attr:`rtt`. At most eight are remembered."""
         token, self._next_ping = self._next_ping, self._next_ping + 1

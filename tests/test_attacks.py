@@ -72,6 +72,18 @@ def test_longHelloOnConch(conch: Server) -> None:
     )
 
 
+def test_thousandsOfNames(gateway: Server) -> None:
+    """Two lists of ciphers as long as a packet allows, with nothing in common: they are not
+    compared each with each. (Nor by stock Conch.)"""
+    for host in range(10, 14):
+        attacker = Attacker(gateway, f"127.0.0.{host}")
+        attacker.write(VERSION + b"\r\n")
+        attacker.sendKexInit(
+            replace(KEXINIT, ciphers_in=(b"x",) * 8000, ciphers_out=(b"y",) * 8000)
+        )
+        assert attacker.reason() == (3, b"no cipher in common")
+
+
 def squeezed(offer: KexInit) -> KexInit:
     return replace(offer, compressions_in=(b"zlib",), compressions_out=(b"zlib",))
 

@@ -79,6 +79,19 @@ def test_keysAgainAndAgain(gateway: Server) -> None:
     assert attacker.until(193)[-1] == (193, string(b"still there"))
 
 
+def test_proofsWithoutEnd(gateway: Server) -> None:
+    """A small question for our host key's signature: not without end. (Stock Conch knows no such
+    question.)"""
+    attacker = Attacker(gateway)
+    attacker.login()
+    question = string(b"hostkeys-prove-00@openssh.com") + b"\1" + string(attacker.hostKeyBlob)
+    attacker.write(sealed(attacker, 80, question, 3000))
+    answers: list[int] = []
+    while len(answers) < 3000:
+        answers += [number for number, _ in attacker.more() if number in (81, 82)]
+    assert answers == [81] * 16 + [82] * 2984
+
+
 def odd(server: Server, number: int, payload: bytes) -> list[int]:
     """One message that means nothing; what comes, and whether the connection lives."""
     attacker = Attacker(server)

@@ -12,7 +12,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from conchkernel.errors import LinkLost
+from conchkernel.errors import LinkLost, StreamRefused
 from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
 from conchkernel.loopback import LoopbackBackend
 
@@ -119,6 +119,26 @@ async def test_a_message_that_vanishes_is_fetched_again(start):
     await collector.untilClosed()
     assert bytes(collector.out) == b"a" * 5000 + b"b" * 5000
     assert backend.carrier is not carrier
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_asks_without_end_is_refused(start):
+    """What waits for the road is bounded, also by who only changes the window's size; the others
+    do not notice."""
+    backend = await start()
+    collector = await begin(backend, b"cat", TERMINAL)
+    other = await begin(backend, b"cat")
+    backend.carrier.transport.abortConnection()
+    size = WindowSize(132, 24)
+    with pytest.raises(StreamRefused):
+        # Far from all of what the wire would hold.
+        any(collector.stream.resize(size) for _ in range(10_000))
+    other.stream.write(b"still here")
+    other.stream.writeEOF()
+    await other.untilClosed()
+    assert bytes(other.out) == b"still here"
+    assert other.exit == ExitStatus(0)
+    collector.stream.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -353,6 +353,11 @@ class Link:
 
     # --- sending -----------------------------------------------------------------------------
 
+    @property
+    def crowded(self) -> bool:
+        """So much is asked already, and waits for the road, that no more should be."""
+        return self._endpoint.crowded
+
     def wake(self) -> None:
         """Send what is queued before the reactor sleeps: one turn's writes share a message."""
         if not self._flushing:
@@ -522,6 +527,11 @@ class KernelStream:
 
     def _control(self, frame_type: int, payload: bytes) -> None:
         if not self.over and self.wire is not None:
+            if self._link.crowded:
+                raise StreamRefused(
+                    RefusalCode.RESOURCE_SHORTAGE,
+                    "more is asked of the kernel's host than can be sent there",
+                )
             self.wire.control(frame_type, payload)
             self._link.wake()
 

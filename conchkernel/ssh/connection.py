@@ -174,12 +174,15 @@ class GatewayConnection(SSHConnection):
             handler(packet)
         except ProtocolError as error:
             self.disconnect(str(error), error.code)
+        except ConchKernelError as error:
+            self._log.info("message {number} was refused: {why}", number=messageNum, why=str(error))
+            self._abandon(messageNum, packet)
         except Exception:
             self._log.failure("message {number} could not be handled", number=messageNum)
             self._abandon(messageNum, packet)
 
     def _abandon(self, messageNum: int, packet: bytes) -> None:
-        """Our own mistake costs the channel it happened in, or where there is none, all."""
+        """What cannot be done costs the channel it was asked in, or where there is none, all."""
         channel = None
         if messageNum > MSG_CHANNEL_OPEN and len(packet) >= 4:
             channel = self.channels.get(int.from_bytes(packet[:4], "big"))

@@ -16,7 +16,7 @@ from conchkernel.ssh.fields import Fields, ProtocolError, string
 from conchkernel.ssh.kex import Agreement, KexInit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from twisted.conch.ssh.keys import Key
 
@@ -170,8 +170,11 @@ class KeyExchange:
                 raise ProtocolError("KEXINIT was not the first packet")
         answer = None
         if self.phase is Phase.IDLE:
-            both = [name for name in theirs.ciphers_in if name in theirs.ciphers_out]
-            self._offer = ciphers.offer(both, theirs.macs_in, self._algorithms.offer)
+            self._offer = ciphers.offer(
+                _both(self._algorithms.ciphers, theirs.ciphers_in, theirs.ciphers_out),
+                _both(self._algorithms.macs, theirs.macs_in, theirs.macs_out),
+                self._algorithms.offer,
+            )
             answer = self.begin()
         self._their_payload = bytes((MSG_KEXINIT,)) + payload
         assert self._ours is not None
@@ -228,3 +231,11 @@ class KeyExchange:
         self.keyed = True
         self.phase = Phase.IDLE
         return opener
+
+
+def _both(ours: Sequence[bytes], there: Sequence[bytes], back: Sequence[bytes]) -> list[bytes]:
+    """Which of ours a client has for both directions.
+
+    Asked from our side, whose names are few: its lists may have thousands.
+    """
+    return [name for name in ours if name in there and name in back]

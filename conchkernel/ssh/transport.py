@@ -67,6 +67,8 @@ _MAXIMUM_DISCARDED_BYTES = 4 * 1024 * 1024
 _TCP_BUFFER_BYTES = 256 * 1024
 #: As much is given to the system at once.
 _SEND_BYTES = 1024 * 1024
+#: Questions for our host keys' signatures on one connection.
+_MAXIMUM_PROOFS = 16
 #: Packets under one set of keys; OpenSSH's bound, well before sequence numbers repeat.
 _MAXIMUM_PACKETS = 1 << 31
 
@@ -108,6 +110,7 @@ class GatewayTransport(OutgoingPackets):
         # Whether messages 80 to 127 go straight to the service.
         self._open = False
         self._earlyMessages = 0
+        self._proofs = 0
         self._discardedBytes = 0
         self._offence: Offence | None = None
         self._receive: Callable[[int, bytes], object] = self._noService
@@ -495,6 +498,10 @@ class GatewayTransport(OutgoingPackets):
         self.setService(service)
 
     def _proveHostKeys(self, data: bytes) -> tuple[bool, bytes] | bool:
+        # A small question for which we sign once for each key; no client needs it twice.
+        self._proofs += 1
+        if self._proofs > _MAXIMUM_PROOFS:
+            return False
         assert self.sessionID is not None
         answer = hostkeys.proof(self.factory.hostKeys, data, self.sessionID, self.keyAlg)
         return False if answer is None else (True, answer)
