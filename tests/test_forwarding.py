@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from twisted.conch.ssh import connection as messages
+from twisted.internet.task import Clock
 
 from conchkernel.avatars import KernelAvatar
 from conchkernel.errors import LinkLost, RefusalCode, StreamRefused
@@ -40,10 +42,10 @@ def bind(address: bytes = b"localhost", port: int = 8080) -> bytes:
 class Rig:
     """A client; connections stand when a test says so."""
 
-    def __init__(self, permissions: Permissions = EVERYTHING) -> None:
+    def __init__(self, permissions: Permissions = EVERYTHING, factory: object = None) -> None:
         self.backend = MemoryBackend()
         self.avatar = KernelAvatar(self.backend, "joe", permissions=permissions)
-        self.client = MemoryClient(self.avatar)
+        self.client = MemoryClient(self.avatar, factory)
         self.link = self.backend.links[0]
 
     def open(self) -> tuple[ClientChannel, MemoryStream]:
@@ -304,7 +306,7 @@ def test_aUnixSocketIsListenedAt(rig: Rig) -> None:
 
 
 def test_aListenerThatIsLostIsSoughtAgain(rig: Rig) -> None:
-    """At the port that the client knows, with whatever agent comes next; once."""
+    """At the port that the client knows, with whatever agent comes next."""
     lost = rig.listen(bind(port=0))
     rig.link.release()
     lost.receiver.listenerLost(LinkLost("the agent is gone"))
@@ -315,10 +317,34 @@ def test_aListenerThatIsLostIsSoughtAgain(rig: Rig) -> None:
     assert rig.client.asked[0].data.startswith(bind(port=lost.port))
     rig.client.globalRequest(b"cancel-tcpip-forward", bind(port=lost.port))
     assert again.closed
-    rig.link.refusal = LinkLost("no kernel")
-    once = rig.link.listeners
+    before = list(rig.link.listeners)
     again.receiver.listenerLost(LinkLost("gone"))
-    assert rig.link.listeners == once
+    assert rig.link.listeners == before
+
+
+@pytest.mark.parametrize("end", ["listens", "refused", "cancelled"])
+def test_aListenerIsSoughtForAsLongAsThereIsNoAgent(end: str) -> None:
+    """Until it listens, the host refuses it, or the client wants it no more."""
+    clock = Clock()
+    rig = Rig(factory=SimpleNamespace(reactor=clock))
+    lost = rig.listen(bind(port=8080))
+    rig.link.refusal = LinkLost("no road")
+    lost.receiver.listenerLost(LinkLost("the agent is gone"))
+    for _ in range(5):
+        (call,) = clock.getDelayedCalls()
+        clock.advance(call.getTime() - clock.seconds())
+    if end == "cancelled":
+        rig.client.globalRequest(b"cancel-tcpip-forward", bind(port=8080))
+    elif end == "refused":
+        rig.link.refusal = StreamRefused(RefusalCode.CONNECT_FAILED, "Address already in use")
+    else:
+        rig.link.refusal = None
+    clock.pump([60] * 3)
+    assert not clock.getDelayedCalls()
+    found = rig.link.listeners[rig.link.listeners.index(lost) + 1 :]
+    assert [one.address for one in found if not one.closed] == (
+        [TCPAddress("localhost", 8080)] if end == "listens" else []
+    )
 
 
 def test_anAddressThatIsTakenIsRefused(rig: Rig) -> None:

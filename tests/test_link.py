@@ -11,9 +11,17 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
+from zope.interface import implementer
 
 from conchkernel.errors import LinkLost, StreamRefused
-from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
+from conchkernel.interfaces import (
+    ExitStatus,
+    IListenerReceiver,
+    ProcessRequest,
+    PtyRequest,
+    TCPAddress,
+    WindowSize,
+)
 from conchkernel.loopback import LoopbackBackend
 
 from .collector import Collector
@@ -35,6 +43,20 @@ def alive(pid):
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+@implementer(IListenerReceiver)
+class Listening:
+    """Nobody connects."""
+
+    def __init__(self):
+        self.lost = None
+
+    def connectionAccepted(self, incoming):
+        raise AssertionError(incoming)
+
+    def listenerLost(self, reason):
+        self.lost = reason
 
 
 @pytest.fixture
@@ -288,6 +310,31 @@ async def test_what_is_opened_on_a_link_that_was_given_up_runs_when_it_is_back(s
     assert late.reason is None
     assert bytes(late.out) == b"late\n"
     assert late.exit == ExitStatus(4)
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_given_up_goes_when_the_road_is_back(start):
+    """Nobody can come back to it: a terminal hangs up, and an address is free for the next."""
+    backend = await start(survivalSeconds=0.3)
+    use = await backend.connect("owner")
+    first = Listening()
+    listener = await use.listen(TCPAddress("127.0.0.1", 0), first)
+    shell = await begin(backend, b"exec sleep 1000", TERMINAL)
+    connect = backend.link._connect
+
+    async def nowhere(user):
+        raise LinkLost("no road")
+
+    backend.link._connect = nowhere
+    backend.carrier.transport.abortConnection()
+    await shell.untilClosed()
+    await until(lambda: first.lost is not None)
+    assert alive(shell.opened["pid"])
+    backend.link._survivalSeconds = 20
+    again = use.listen(TCPAddress("127.0.0.1", listener.port), Listening())
+    backend.link._connect = connect
+    assert (await again).port == listener.port
+    await until(lambda: not alive(shell.opened["pid"]))
 
 
 @pytest_twisted.ensureDeferred

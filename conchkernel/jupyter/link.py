@@ -141,9 +141,13 @@ class Link:
         self._heard = 0.0
         self.stirred = 0
         self._pings = 0
+        self._session = self._former = ""
+        self._begun = False
         self._newSession()
 
     def _newSession(self) -> None:
+        # What the former one had over there is of no more use to anybody.
+        self._former = self._session if self._begun else self._former
         self._session = secrets.token_hex(16)
         self._begun = False  # whether an agent has had it
         self._endpoint = wire.Endpoint(told=self._told)
@@ -180,6 +184,8 @@ class Link:
             "received": self._endpoint.received_bytes,
             "secret": self._secret,
         }
+        if self._former:
+            request["former"] = self._former
         carrier.send([wire.message_of(wire.ATTACH, request)])
         try:
             attached = await answer
@@ -191,11 +197,12 @@ class Link:
             raise LinkLost(str(attached["error"])[:300])
         if self._session != session:
             raise LinkLost("the session was given up while the agent was asked for it")
+        self._former = ""
         if self._begun and attached.get("new"):
             # The agent that had our streams is gone, and they with it. This one has begun a
             # session of the same name, and is to find it again.
             self._abandon(LinkLost("the processes on the kernel's host are gone"))
-            self._session = session
+            self._session, self._former = session, ""
         received = attached.get("received")
         if attached.get("version") != wire.VERSION or not isinstance(received, int):
             raise LinkLost("the agent on the kernel's host speaks another language")

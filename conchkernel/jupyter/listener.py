@@ -59,7 +59,9 @@ class KernelListener:
 
     def _accepted(self, incoming: Incoming) -> dict[str, Any]:
         assert self.stream is not None
-        return {"kind": "accepted", "listener": self.stream.number, "number": incoming.number}
+        # The number of one that is over may be another's by now, with another agent.
+        number = 0 if self._closed else self.stream.number
+        return {"kind": "accepted", "listener": number, "number": incoming.number}
 
     def close(self) -> None:
         """See :class:`IListener`."""

@@ -247,6 +247,9 @@ class Agent:
         elif not isinstance(name, str) or len(name) != 32 or not isinstance(received, int):
             carrier.refuse("malformed ATTACH")
         else:
+            former = request.get("former")
+            if isinstance(former, str) and former != name and former in self.sessions:
+                self.sessions[former].end()
             session = self.sessions.get(name)
             new = session is None
             if session is None:

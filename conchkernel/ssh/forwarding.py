@@ -18,7 +18,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from conchkernel.errors import ConchKernelError
+from conchkernel.errors import ConchKernelError, JupyterError
 from conchkernel.interfaces import (
     IListenerReceiver,
     Incoming,
@@ -45,6 +45,9 @@ MAX_LISTENERS = 128
 #: The longest name of a host (RFC 1035), with room for what is no name.
 _MAX_HOST_BYTES = 1024
 _MAX_PATH_BYTES = 4096
+#: Between attempts to listen again, while there is no agent. One that waits for the road costs
+#: nothing meanwhile.
+AGAIN_SECONDS = 5.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -72,6 +75,7 @@ class Forwarded:
         self.listener: IListener | None = None
         self._address: Address
         self._closed = False
+        self._again: Any = None  # the call that will seek the next agent
         self._user = user
         self._name = name
         self._extra = extra
@@ -105,29 +109,43 @@ class Forwarded:
             listener.refuse(incoming)
 
     def listenerLost(self, reason: Exception) -> None:
-        """The agent over there has ended. The protocol has no word for this, so it is listened
-        again with the next agent, once; what comes of it is in the log."""
+        """The agent over there has ended, or the road was away for long. The protocol has no word
+        for this, so it is listened again with whatever agent comes next, however long that takes;
+        what comes of it is in the log."""
         self.listener = None
         address = self._address
         self._log.warn(
             "nobody listens at {address} any more: {why}", address=named(address), why=str(reason)
         )
         # A socket of its own choice would be at another path, which nobody knows.
-        if not self._closed and not isinstance(address, PrivateSocket):
-            self.listen(address).addCallbacks(self._restored, self._notRestored)
+        if not isinstance(address, PrivateSocket):
+            self._listenAgain()
+
+    def _listenAgain(self) -> None:
+        self._again = None
+        if not self._closed:
+            self.listen(self._address).addCallbacks(self._restored, self._notRestored)
 
     def _restored(self, listener: IListener) -> None:
         self._log.info("{address} is listened at again", address=named(self._address))
 
     def _notRestored(self, reason: Failure) -> None:
         reason.trap(ConchKernelError, CancelledError)
-        if not self._closed:
-            address = named(self._address)
-            self._log.warn("{address} is given up: {why}", address=address, why=str(reason.value))
+        clock = getattr(getattr(self._user.conn.transport, "factory", None), "reactor", None)
+        if self._closed:
+            return
+        if reason.check(JupyterError) and clock is not None:
+            self._again = clock.callLater(AGAIN_SECONDS, self._listenAgain)
+            return
+        address = named(self._address)
+        self._log.warn("{address} is given up: {why}", address=address, why=str(reason.value))
 
     def close(self) -> None:
         """Listen no more; connections live on."""
         self._closed = True
+        again, self._again = self._again, None
+        if again is not None:
+            again.cancel()
         listener, self.listener = self.listener, None
         if listener is not None:
             listener.close()

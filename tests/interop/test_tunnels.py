@@ -16,6 +16,7 @@ import stat
 from typing import TYPE_CHECKING
 
 import paramiko
+import psutil
 import pytest
 
 from ..peers import answer, dial, echo, exchange, received
@@ -97,6 +98,31 @@ def test_stdin_and_stdout(host: Host, serving: Serving) -> None:
     assert (ran.status, ran.out) == (0, hashlib.sha256(BULK).digest())
 
 
+def test_the_client_is_told_when_it_stands(host: Host, tmp_path: Path) -> None:
+    """Not before the other side over there has taken the connection, nor instead of its refusal."""
+    log = tmp_path / "log"
+
+    def is_asked(port: int) -> bool:
+        return any(
+            one.status == psutil.CONN_SYN_SENT and one.raddr.port == port
+            for one in psutil.net_connections("tcp4")
+            if one.raddr
+        )
+
+    with socket.socket() as listener, socket.socket() as first:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        # Its queue is full.
+        first.connect(("127.0.0.1", port))
+        with host.started("-vv", f"-E{log}", f"-W127.0.0.1:{port}"):
+            until(lambda: is_asked(port), "somebody connects over there")
+            assert "open confirm" not in log.read_text()
+            listener.accept()[0].close()
+            until(lambda: "open confirm" in log.read_text(), "the client is told")
+            listener.accept()[0].close()
+
+
 def test_no_connection(host: Host) -> None:
     """The reason is the system's, in the client's words."""
     ran = host.ssh("-oLogLevel=INFO", f"-W127.0.0.1:{free_port()}")
@@ -129,7 +155,8 @@ def test_through_the_host_to_another(gateway: GatewayHost, sshd: Host, tmp_path:
     assert where.split()[3] == b"%d" % sshd.port
 
 
-def test_many_at_once(host: Host, serving: Serving) -> None:
+@pytest.mark.parametrize("way", ["-L", "-R"])
+def test_many_at_once(host: Host, serving: Serving, way: str) -> None:
     """Five hundred connections by one client, all open together, each with its own bytes."""
     port = free_port()
     everybody = asyncio.Event()
@@ -154,7 +181,7 @@ def test_many_at_once(host: Host, serving: Serving) -> None:
     async def visit_all() -> list[bool]:
         return await asyncio.gather(*map(visit, range(500)))
 
-    with host.forwarding(f"-L{port}:127.0.0.1:{serving(echo, backlog=500).port}"):
+    with host.forwarding(f"{way}{port}:127.0.0.1:{serving(echo, backlog=500).port}"):
         assert all(asyncio.run(asyncio.wait_for(visit_all(), 2 * PATIENCE)))
 
 

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 THERE, BACK = os.urandom(24_000_000), os.urandom(24_000_000)
 #: Held back until what breaks has broken.
 REST = 1_000_000
+#: Streams of one client that nobody reads.
+MANY = 100
 #: Seconds without a road.
 OUTAGE = 5.0
 
@@ -197,12 +199,16 @@ class Master:
         assert (made.status, made.err) == (0, "")
         self._remote = int(made.out)
 
+    def connect(self) -> socket.socket:
+        """By ``-L``."""
+        return dial(self._local)
+
     def serves(self) -> bool:
         """Whether sessions and new connections of each kind work."""
         said = []
         with contextlib.suppress(OSError):
             for connect in (
-                lambda: dial(self._local),
+                self.connect,
                 lambda: socks(self._proxy, self._to),
                 lambda: dial(self._remote),
                 lambda: dial(self._path),
@@ -222,14 +228,17 @@ def master(frail: GatewayHost, serving: Serving, tmp_path: Path) -> Iterator[Mas
 
 
 def test_the_road_is_away(master: Master, road: tuple[Any, Detour], serving: Serving) -> None:
-    """For five seconds, with every stream in the middle: each goes on without a lost byte."""
+    """For five seconds, with every stream in the middle: each goes on without a lost byte. Who
+    connects meanwhile waits."""
     streams = Streams(master.host, master.option, serving)
     detour = road[1]
     detour.cut()
-    threading.Event().wait(OUTAGE)
-    assert not any(end.ended.is_set() for end in streams.ends)
-    detour.mend()
-    assert_whole(streams)
+    with master.connect() as late:
+        threading.Event().wait(OUTAGE)
+        assert not any(end.ended.is_set() for end in streams.ends)
+        detour.mend()
+        assert_whole(streams)
+        assert exchange(late, b"waited") == b"waited"
     assert master.serves()
 
 
@@ -343,6 +352,14 @@ def test_an_end_resets(host: Host, serving: Serving) -> None:
         assert host.ssh(option, "cat", given=b"on") == (0, b"on", "")
 
 
+def until_stopped(connection: socket.socket) -> None:
+    """Send until nobody has taken anything for a second."""
+    connection.settimeout(1)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            connection.send(BACK[:1_000_000])
+
+
 def send_for_ever(connection: socket.socket) -> None:
     """Until it is closed."""
     while True:
@@ -447,44 +464,47 @@ def test_half_of_a_connection_is_enough(host: Host, serving: Serving) -> None:
 # --- clients ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", ["whoever connected", "the client"])
+@pytest.mark.parametrize("deaf", ["who connected", "the client", "who serves"])
 def test_many_streams_that_nobody_reads(
-    gateway: GatewayHost, serving: Serving, tmp_path: Path, who: str
+    gateway: GatewayHost, serving: Serving, tmp_path: Path, deaf: str
 ) -> None:
     """They stop those who send, and take little memory on the road; another client is served
     meanwhile."""
     stopped = threading.Semaphore(0)
+    over = threading.Event()
 
     def floods(connection: socket.socket) -> None:
-        connection.settimeout(1)
-        with contextlib.suppress(TimeoutError):
-            while True:
-                connection.send(BACK[:1_000_000])
-        stopped.release()
-        connection.settimeout(None)
-        connection.sendall(b"the end")
+        connection.sendall(b"!")
+        if deaf != "who serves":
+            until_stopped(connection)
+            stopped.release()
+        over.wait(2 * PATIENCE)
 
     local = tmp_path / "local"
-    many = 100
+    to = serving(floods, backlog=MANY).port
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(
-            gateway.started(f"-L{local}:localhost:{serving(floods, backlog=many).port}", "-N")
-        )
+        client = stack.enter_context(gateway.started(f"-L{local}:localhost:{to}", "-N"))
         until(local.exists, "the client listens")
         road = gateway.road()
         before = road.resident()
-        for _ in range(many):
-            assert stack.enter_context(dial(local)).recv(1)
-        if who == "the client":
+        connections = [stack.enter_context(dial(local)) for _ in range(MANY)]
+        for connection in connections:
+            assert connection.recv(1)
+        if deaf == "the client":
             client.send_signal(signal.SIGSTOP)
             stack.callback(client.send_signal, signal.SIGCONT)
-        for _ in range(many):
-            assert stopped.acquire(timeout=2 * PATIENCE)
+        if deaf == "who serves":
+            with ThreadPoolExecutor(MANY) as pool:
+                list(pool.map(until_stopped, connections))
+        else:
+            for _ in range(MANY):
+                assert stopped.acquire(timeout=2 * PATIENCE)
         grown = {name: size - before[name] for name, size in road.resident().items()}
         with gateway.forwarding(f"-L{tmp_path}/other:localhost:{serving(echo).port}"):
             with dial(tmp_path / "other") as connection:
                 assert exchange(connection, THERE) == THERE
         assert gateway.ssh("cat", given=THERE) == (0, THERE, "")
+        over.set()
         # 32 MiB for all tunnels of a connection, or 64 KiB for each; and nothing elsewhere.
         for name, size in grown.items():
             assert size < (80 if name == "gateway" else 16) << 20, grown
