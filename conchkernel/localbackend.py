@@ -315,6 +315,9 @@ class LocalLink:
 
     _log = Logger()
 
+    #: Nothing waits for a road that there is not.
+    crowded = False
+
     def __init__(self, reactor: Any, options: dict[str, Any], shell: str | None) -> None:
         self.stirred = 0
         self._reactor = reactor
