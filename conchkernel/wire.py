@@ -86,6 +86,7 @@ MAX_CONTROL = 65536  # frames queued: more than any honest peer needs while a ca
 INITIAL_CREDIT = 64 * 1024  # towards the process
 CAP_FLOOR = 512 * 1024
 CAP_FLOOR_BESIDE_KEYS = 128 * 1024
+CAP_FLOOR_OF_FILES = 2 * 1024 * 1024  # they cross five processes, each with a piece in hand
 CAP_CEILING = 3 * 1024 * 1024
 SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
 JOINED = 32 * 1024  # small writes that wait are joined up to here: an object each costs fifty times
@@ -129,7 +130,7 @@ class Stream:
 
     __slots__ = (
         "_ceiling", "_endpoint", "_granted", "_mark", "_mark_time", "_product", "_queue",
-        "_ready", "closed", "id", "limit", "queued", "received", "receiver", "sent",
+        "_ready", "closed", "floor", "id", "limit", "queued", "received", "receiver", "sent",
     )  # fmt: skip
 
     def __init__(
@@ -147,6 +148,7 @@ class Stream:
         self.sent = 0
         self.queued = 0  # bytes of DATA in the queue
         self.received = 0
+        self.floor = CAP_FLOOR  # of the cap, while nobody types
         self._endpoint = endpoint
         self._queue: deque[tuple[int | None, Buffer]] = deque()  # flags, None for a raw frame
         self._ready = False
@@ -168,7 +170,7 @@ class Stream:
         What waits on the road before a slow end is what a key on another stream waits behind: the
         cap is lower while somebody types, and grows with the round trip, which is never the queue.
         """
-        return max(CAP_FLOOR_BESIDE_KEYS if self.beside_keys else CAP_FLOOR, self._product)
+        return max(CAP_FLOOR_BESIDE_KEYS if self.beside_keys else self.floor, self._product)
 
     @property
     def beside_keys(self) -> bool:

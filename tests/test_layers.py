@@ -22,11 +22,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "allocator": set(),
     "wire": set(),
+    "tcp": set(),
     # what is sent to the kernel's host
     "remote": {"wire", "_fastpty"},
     # the columns
-    "ssh": {"errors", "interfaces", "files"},
-    "jupyter": {"errors", "interfaces", "files", "wire", "remote"},
+    "ssh": {"errors", "interfaces", "files", "tcp"},
+    "jupyter": {"errors", "interfaces", "files", "tcp", "wire", "remote"},
     # the joints
     "avatars": {"errors", "interfaces", "files", "ssh"},
     "sftp": {"errors", "interfaces", "files", "localfiles", "ssh"},

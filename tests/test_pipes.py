@@ -19,7 +19,7 @@ from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 
 from conchkernel.pipes import Pipes
-from conchkernel.ssh.tcp import PromptWriter
+from conchkernel.tcp import PromptWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 
-from conchkernel.ssh.tcp import PromptWriter, beneath
+from conchkernel.tcp import PromptWriter, beneath
 from tests.roads import Authority
 
 

@@ -197,4 +197,4 @@ def test_maskTwins(data: bytes, mask: bytes, start: int) -> None:
 
 def test_masksDiffer() -> None:
     """Each frame has its own mask."""
-    assert len({frame_of([b"\0" * 64]) for _ in range(20)}) == 20
+    assert len({bytes(frame_of([b"\0" * 64])) for _ in range(20)}) == 20

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: For so long after the OPEN was sent. A client far away takes a round trip of its own for each.
 AHEAD_SECONDS = 1.0
 #: Files of a store that are kept so; of more, the first are read anew.
-MAX_FILES = 16
+MAX_FILES = 32
 
 
 class Ahead:

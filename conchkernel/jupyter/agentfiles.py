@@ -307,7 +307,9 @@ class AgentFileStore:
         self, path: bytes, flags: OpenFlag, attributes: Attributes
     ) -> Deferred[IOpenFile]:
         handle = self._new_handle()
-        if flags & fw.OPEN_CHANGES:
+        wanted = int(flags)
+        readOnly = not wanted & fw.OPEN_CHANGES
+        if not readOnly:
             self._changing()
         stirred, until = self._link.stirred, self._clock.seconds() + AHEAD_SECONDS
 
@@ -319,9 +321,9 @@ class AgentFileStore:
                 if len(self._aheads) >= MAX_FILES:
                     self._aheads.popleft().forget()
                 self._aheads.append(ahead)
-            return AgentFile(self, handle, not flags & fw.OPEN_CHANGES, ahead)
+            return AgentFile(self, handle, readOnly, ahead)
 
-        body = fw.OPEN_HEAD.pack(handle, int(flags)) + pack_attributes(attributes) + path
+        body = fw.OPEN_HEAD.pack(handle, wanted) + pack_attributes(attributes) + path
         return self.ask(fw.OPEN, body, decode, handle=handle)
 
     def stat(self, path: bytes, *, follow: bool = True) -> Deferred[Attributes]:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from autobahn.twisted.websocket import WebSocketClientFactory
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IPushProducer, IWriteDescriptor
+from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from zope.interface import implementer
@@ -44,8 +44,6 @@ HANDSHAKE_SECONDS = 15.0
 PING_SECONDS = 30.0
 #: One read, and what may wait to be written before we say that we are not writable: a message.
 BUFFER_BYTES = 256 * 1024
-#: A carrier up to this leaves without waiting for the reactor's next turn: a key, a request.
-_PROMPT_BYTES = 4096
 #: tornado closes the connection at 10 MiB.
 MAX_REQUEST_BYTES = 9 * 1024 * 1024
 #: Requests without an answer. A gateway makes them one after another.
@@ -113,7 +111,6 @@ class KernelChannels(ShortPathWebSocket):
         self._count = 0
         self._nonce = secrets.token_hex(8)
         self._quickAck: Callable[[], None] | None = None
-        self._writeNow: Callable[[], object] = _notNow
         self._session = session_id
         self._headerEnd = (
             f'","msg_type":"{framing.CARRIER_TYPE}","username":"","session":"{session_id}",'
@@ -153,8 +150,6 @@ class KernelChannels(ShortPathWebSocket):
         else:
             prefix = framing.carrier_prefix(header, size)
         self.sendParts((prefix, *parts))
-        if size <= _PROMPT_BYTES:
-            self._writeNow()
 
     def messageReceived(self, data: bytes, start: int, end: int, isBinary: bool) -> None:
         """A message of the kernel's, or of its server's."""
@@ -206,11 +201,7 @@ class KernelChannels(ShortPathWebSocket):
         except (AttributeError, OSError):
             pass  # not TCP
         self._quickAck = _quick_ack(self.transport)
-        tcp = transport_of(self)
-        tcp.bufferSize = BUFFER_BYTES
-        if IWriteDescriptor.providedBy(tcp):
-            # A failure is left to the reactor, which still has what was not written.
-            self._writeNow = tcp.doWrite
+        transport_of(self).bufferSize = BUFFER_BYTES
         self.transport.registerProducer(_Backlog(self), True)
         self._ping = self._reactor.callLater(PING_SECONDS, self._sendPing)
         self._wasOpen = True
@@ -410,10 +401,6 @@ def _quick_ack(transport: Any) -> Callable[[], None] | None:
             pass  # closed while its last bytes were read
 
     return acknowledge
-
-
-def _notNow() -> None:
-    pass
 
 
 def _now() -> str:

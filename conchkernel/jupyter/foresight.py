@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 #: An answer may be so much older than its question.
 EARLY_SECONDS = 0.1
-#: How many names are asked ahead: 8 small files are 256 KiB.
-_DEPTHS = {fw.OPEN: 8, fw.STAT: 32, fw.LSTAT: 32}
+#: How many names are asked ahead: 16 small files are 512 KiB.
+_DEPTHS = {fw.OPEN: 16, fw.STAT: 32, fw.LSTAT: 32}
 #: After answers that nobody wanted, or wanted too late, none are asked for early for so long.
 _PAUSE_SECONDS = 1.0
 #: Listings that are remembered, and names of each.

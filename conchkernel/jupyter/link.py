@@ -425,6 +425,8 @@ class Link:
         store = AgentFileStore(self._reactor, self)
         stream = self._begin(FilesStream(self, store), parameters)
         store.began(stream)
+        if stream.wire is not None:
+            stream.wire.floor = wire.CAP_FLOOR_OF_FILES
         # What comes is taken at once: those who ask bound it.
         stream.grant(EVERYTHING)
         return store

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from autobahn.twisted.websocket import WebSocketClientProtocol
 from autobahn.websocket.protocol import FrameHeader
 
+from conchkernel.tcp import PromptWriter
+
 try:
     # What Autobahn's own masker stands on, which copies three times.
     from _nvx_xormasker import ffi as _ffi  # type: ignore[import-not-found]
@@ -69,7 +71,7 @@ mask_in_place = _mask_plain if _lib is None else _mask_native
 
 def frame_of(
     parts: Sequence[Part], *, is_binary: bool = True, mask: bytes | None = None
-) -> bytes:
+) -> bytearray:
     """A whole message as one masked frame.
 
     :param parts: its bytes; copied.
@@ -86,7 +88,7 @@ def frame_of(
         head = _long.pack(first, _MASKED | 127, size)
     frame = bytearray().join((head, mask, *parts))
     mask_in_place(frame, len(head) + 4, mask)
-    return bytes(frame)
+    return frame
 
 
 _READING = (WebSocketClientProtocol.STATE_OPEN, WebSocketClientProtocol.STATE_CLOSING)
@@ -116,6 +118,11 @@ class ShortPathWebSocket(WebSocketClientProtocol):
         self._fragmentsSize = 0
         self._fragmentsBinary = False
 
+    def makeConnection(self, transport: Any) -> None:
+        """The connection stands."""
+        self._writer = PromptWriter(transport)
+        super().makeConnection(transport)
+
     def messageReceived(self, data: bytes, start: int, end: int, isBinary: bool) -> None:
         """One whole message: ``data[start:end]``, to be copied if it is to be kept."""
         raise NotImplementedError
@@ -128,7 +135,7 @@ class ShortPathWebSocket(WebSocketClientProtocol):
         """
         if self.state != self.STATE_OPEN:
             return False
-        self.transport.write(frame_of(parts, is_binary=isBinary))
+        self._writer.write(frame_of(parts, is_binary=isBinary))
         return True
 
     # --- Autobahn's hooks --------------------------------------------------------------------

@@ -88,6 +88,7 @@ class FileService(Service):
         info = {"home": operations.home.decode("latin-1"), "features": FEATURES}
         stream.control(wire.OPENED, json.dumps(info).encode())
         FileService.running += 1
+        stream.floor = wire.CAP_FLOOR_OF_FILES
         self._grant()
         self._look()
         _Worker(self._exchange, operations, self._wake).start()

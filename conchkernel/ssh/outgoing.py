@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from conchkernel.ssh.sealing import Data
-    from conchkernel.ssh.tcp import PromptWriter
+    from conchkernel.tcp import PromptWriter
 
 MSG_CHANNEL_DATA = 94
 MSG_CHANNEL_EXTENDED_DATA = 95

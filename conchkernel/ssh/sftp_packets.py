@@ -35,6 +35,8 @@ MAX_HANDLE_BYTES = 256
 
 #: Accounts, and groups, that are asked for at once: OpenSSH asks for those of one listing.
 MAX_ACCOUNTS = 8192
+#: Pieces of a request that are kept before they are joined, however short they come.
+_MAX_PIECES = 1024
 
 
 class Kind(enum.IntEnum):
@@ -93,6 +95,10 @@ class AttributeFlag(enum.IntFlag):
     EXTENDED = 0x80000000
 
 
+# Plain numbers for the byte path: an enumeration's operators cost more than all else there.
+_SIZE, _UIDGID, _PERMISSIONS, _ACMODTIME, _EXTENDED = map(int, AttributeFlag)
+
+
 #: Stands for a request that could not be parsed; its one argument says why.
 MALFORMED = -1
 #: Stands for an extended request that nobody knows; its one argument is the name.
@@ -107,6 +113,7 @@ _HEAD = struct.Struct(">LBL")
 _READ = struct.Struct(">QL")
 _uint32 = struct.Struct(">L")
 _uint64 = struct.Struct(">Q")
+_two = struct.Struct(">2L")
 _DATA_HEAD = struct.Struct(">LBLL")
 
 
@@ -134,15 +141,15 @@ def _uint64Of(fields: Fields) -> int:
 def parseAttributes(fields: Fields) -> Attributes:
     """The ATTRS structure; extended pairs are read and ignored."""
     flags = fields.uint32()
-    size = _uint64Of(fields) if flags & AttributeFlag.SIZE else None
+    size = _uint64Of(fields) if flags & _SIZE else None
     uid = gid = mode = atime = mtime = None
-    if flags & AttributeFlag.UIDGID:
+    if flags & _UIDGID:
         uid, gid = fields.uint32(), fields.uint32()
-    if flags & AttributeFlag.PERMISSIONS:
+    if flags & _PERMISSIONS:
         mode = fields.uint32()
-    if flags & AttributeFlag.ACMODTIME:
+    if flags & _ACMODTIME:
         atime, mtime = float(fields.uint32()), float(fields.uint32())
-    if flags & AttributeFlag.EXTENDED:
+    if flags & _EXTENDED:
         # A count that lies ends with the packet.
         for _ in range(fields.uint32()):
             fields.string()
@@ -213,13 +220,28 @@ class RequestReader:
 
     def __init__(self) -> None:
         self.taken = 0
-        self._buffer = bytearray()
+        self._buffer = b""
         self._offset = 0
+        self._more: list[bytes] = []  # behind the buffer
+        self._have = 0  # bytes in all
+        self._needed = _HEAD.size  # of the next request: the shortest has a type and an id
         self._begun = False
 
     def feed(self, data: bytes) -> None:
-        """Add what came; copied."""
-        self._buffer += data
+        """Add what came; kept until it is part of a whole request."""
+        self._more.append(data)
+        self._have += len(data)
+        if len(self._more) > _MAX_PIECES:
+            self._more = [b"".join(self._more)]
+
+    def _gather(self, count: int) -> None:
+        """Have the next ``count`` bytes in one piece: each byte of a long request moves once."""
+        if len(self._buffer) - self._offset >= count:
+            return
+        rest = self._buffer[self._offset :]
+        self._buffer = b"".join((rest, *self._more)) if rest else b"".join(self._more)
+        self._offset = 0
+        self._more = []
 
     def next(self) -> Request | None:
         """The next request, or nothing until more bytes are fed.
@@ -227,18 +249,20 @@ class RequestReader:
         :raises ProtocolError: the stream cannot be understood any further: a length that cannot
             be, a packet without a request id, or anything before INIT.
         """
-        buffer, offset = self._buffer, self._offset
-        left = len(buffer) - offset
-        if left < 9:
-            # The shortest packet has a type and an id (or version).
-            if left >= 4:
-                self._checkLength(_uint32.unpack_from(buffer, offset)[0])
+        if self._have < self._needed:
+            if 4 <= self._have < _HEAD.size:
+                self._gather(4)
+                self._checkLength(_uint32.unpack_from(self._buffer, self._offset)[0])
             return None
-        length, kind, requestId = _HEAD.unpack_from(buffer, offset)
+        self._gather(self._needed)
+        length, kind, requestId = _HEAD.unpack_from(self._buffer, self._offset)
         if not 5 <= length <= MAX_REQUEST_BYTES:
             self._checkLength(length)
-        if left < length + 4:
+        self._needed = length + 4
+        if self._have < self._needed:
             return None
+        self._gather(self._needed)
+        buffer, offset = self._buffer, self._offset
         if not self._begun:
             if kind != Kind.INIT:
                 raise ProtocolError("a request before INIT")
@@ -246,16 +270,11 @@ class RequestReader:
         start, end = offset + 9, offset + 4 + length
         request = self._parse(kind, requestId, start, end)
         self.taken += length + 4
-        # What was read is dropped when it is the greater part, so that each byte is moved once
-        # on average, however many small requests wait.
+        self._have -= length + 4
+        self._needed = _HEAD.size
+        self._offset = end
         if end == len(buffer):
-            buffer.clear()
-            self._offset = 0
-        elif end > 65536 and end * 2 > len(buffer):
-            del buffer[:end]
-            self._offset = 0
-        else:
-            self._offset = end
+            self._buffer, self._offset = b"", 0
         return request
 
     @staticmethod
@@ -394,18 +413,18 @@ def packAttributes(value: Attributes) -> bytes:
     flags = 0
     packed = b""
     if value.size is not None:
-        flags |= AttributeFlag.SIZE
+        flags |= _SIZE
         packed += _uint64.pack(min(max(value.size, 0), 0xFFFFFFFFFFFFFFFF))
     if value.uid is not None and value.gid is not None:
-        flags |= AttributeFlag.UIDGID
-        packed += struct.pack(">2L", value.uid & 0xFFFFFFFF, value.gid & 0xFFFFFFFF)
+        flags |= _UIDGID
+        packed += _two.pack(value.uid & 0xFFFFFFFF, value.gid & 0xFFFFFFFF)
     if value.mode is not None:
-        flags |= AttributeFlag.PERMISSIONS
+        flags |= _PERMISSIONS
         packed += _uint32.pack(value.mode & 0xFFFFFFFF)
     if value.mtime is not None:
-        flags |= AttributeFlag.ACMODTIME
+        flags |= _ACMODTIME
         atime = value.mtime if value.atime is None else value.atime
-        packed += struct.pack(">2L", _seconds(atime), _seconds(value.mtime))
+        packed += _two.pack(_seconds(atime), _seconds(value.mtime))
     return _uint32.pack(flags) + packed
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MAX_LISTING_BYTES = 64 * 1024
 
 _ALL_FLAGS = sum(OpenFlag)
+_READ, _APPEND = int(OpenFlag.READ), int(OpenFlag.APPEND)
+_READ_OR_WRITE = _READ | int(OpenFlag.WRITE)
 _PERMISSIONS = 0o7777
 _NOTHING = Attributes()
 
@@ -77,18 +79,19 @@ class Requests:
     # --- files and directories that are open -------------------------------------------------
 
     def open(self, path: bytes, flags: int, attributes: Attributes) -> Answer:
-        wanted = OpenFlag(flags & _ALL_FLAGS)
-        if not wanted & (OpenFlag.READ | OpenFlag.WRITE):
+        flags &= _ALL_FLAGS
+        if not flags & _READ_OR_WRITE:
             # As sftp-server does.
-            wanted |= OpenFlag.READ
+            flags |= _READ
+        wanted = OpenFlag(flags)
         self._handles.reserve()
 
         def opened(file: IOpenFile) -> Reply:
             handle = Handle(
                 file,
                 place(path),
-                writes=bool(wanted & ~OpenFlag.READ),
-                appends=bool(wanted & OpenFlag.APPEND),
+                writes=flags != _READ,
+                appends=bool(flags & _APPEND),
             )
             return packets.handle(self._handles.add(handle))
 

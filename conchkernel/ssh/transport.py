@@ -35,8 +35,8 @@ from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, string
 from conchkernel.ssh.limits import Offence
 from conchkernel.ssh.outgoing import NUMBER, OutgoingPackets
 from conchkernel.ssh.packets import KNOWN_PEER_BYTES, Inbound
-from conchkernel.ssh.tcp import PromptWriter, beneath
 from conchkernel.ssh.userkeys import SIGNATURE_ALGORITHMS
+from conchkernel.tcp import PromptWriter, beneath
 
 if TYPE_CHECKING:
     from collections.abc import Callable

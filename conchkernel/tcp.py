@@ -1,4 +1,4 @@
-"""The connection below an SSH transport: what it takes goes at once, without a reactor's turn.
+"""A connection that takes what it can at once, without a reactor's turn.
 
 Twisted's transport copies what it is given, asks the reactor to be told when it may write, and is
 told in the next turn. Where nothing waits, the system takes nearly always all there is, so it is
@@ -7,13 +7,12 @@ asked first; what it does not take waits in Twisted's transport as ever.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twisted.internet.abstract import FileDescriptor
 from twisted.protocols.policies import ProtocolWrapper
 
-if TYPE_CHECKING:
-    from conchkernel.ssh.sealing import Data
+Data = bytes | bytearray | memoryview
 
 
 def beneath(transport: Any) -> Any:
