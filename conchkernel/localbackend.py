@@ -281,6 +281,7 @@ class LocalStream(KernelStream):
         owner: Any = link
         super().__init__(owner, receiver)
         self._answer: tuple[int, dict[str, Any]] | None = None
+        self._owed = 0
 
     def began(self, end: Any) -> None:
         """There is somebody at the other end."""
@@ -288,6 +289,13 @@ class LocalStream(KernelStream):
         if self._answer is not None:
             # Not while our caller is still at work.
             self._link._reactor.callLater(0, self._tell)
+
+    def grant(self, limit: int) -> None:
+        """See :class:`IStream`. Nothing may come before it is told that the stream is open."""
+        if self._answer is None:
+            super().grant(limit)
+        else:
+            self._owed = max(self._owed, limit)
 
     def close(self) -> None:
         """See :class:`IStream`."""
@@ -306,6 +314,7 @@ class LocalStream(KernelStream):
         (frame_type, body), self._answer = self._answer, None
         if frame_type == wire.OPENED:
             self.wire_opened(body)
+            self.grant(self._owed)
         else:
             self.wire_refused(body["code"], body["message"])
 
