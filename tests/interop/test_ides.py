@@ -43,10 +43,17 @@ asyncio.run(main())
 BULK = os.urandom(1_000_000)
 
 
-def install_script(directory: Path, *listen: str) -> bytes:
-    """As an IDE's: long, chatty, between markers, and what it starts outlives it."""
+def echoing(directory: Path, *listen: str) -> str:
+    """The command of :data:`SERVER`."""
     (directory / "server.py").write_text(SERVER)
-    server = quoted(sys.executable, directory / "server.py", *listen)
+    return quoted(sys.executable, directory / "server.py", *listen)
+
+
+def install_script(directory: Path, server: str) -> bytes:
+    """As an IDE's: long, chatty, between markers, and what it starts outlives it.
+
+    :param server: a command that says where it ``listens on`` or is ``listening on``.
+    """
     # Functions for other systems, which are read and never called.
     unused = "".join(
         f"""
@@ -70,12 +77,12 @@ echo "mark-7: running"
 nohup {server} > "$LOG" 2>&1 < /dev/null &
 SERVER_PID=$!
 for attempt in $(seq 1 2000); do
-  grep -q "listens on" "$LOG" && break
+  grep -q "listen[a-z]* on" "$LOG" && break
   kill -0 $SERVER_PID || break
   sleep 0.01
 done
 echo "mark-7: start"
-echo "listeningOn==$(sed -n 's/.*listens on //p' "$LOG")=="
+echo "listeningOn==$(sed -n 's/.*listen[a-z]* on //p' "$LOG")=="
 echo "serverPid==$SERVER_PID=="
 echo "platform==$PLATFORM=="
 echo "connection==$SSH_CONNECTION=="
@@ -104,7 +111,7 @@ def test_a_remote_ides_server(host: Host, tmp_path: Path) -> None:
     there for the next connection."""
     socks = free_port()
     with host.started("-T", f"-D{socks}", "bash") as client:
-        client.stdin.write(install_script(tmp_path))
+        client.stdin.write(install_script(tmp_path, echoing(tmp_path)))
         said = told(read_until(client.stdout, b"mark-7: end\n"))
         port, pid = int(said["listeningOn"]), int(said["serverPid"])
         asyncio.run(many(lambda data: by_socks(socks, "localhost", port, data), 100))
@@ -125,7 +132,7 @@ def test_a_remote_ides_server_on_a_socket(host: Host, tmp_path: Path) -> None:
     """The same where the server listens on a Unix socket (remoteServerListenOnSocket)."""
     there, local = tmp_path / "there", free_port()
     with host.started("-T", f"-L{local}:{there}", "bash") as client:
-        client.stdin.write(install_script(tmp_path, str(there)))
+        client.stdin.write(install_script(tmp_path, echoing(tmp_path, str(there))))
         said = told(read_until(client.stdout, b"mark-7: end\n"))
         assert said["listeningOn"] == str(there)
         asyncio.run(many(lambda data: through(local, data), 50))
