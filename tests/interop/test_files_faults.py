@@ -6,15 +6,18 @@ Where a store is full, forbids, or has no such name, the client is told so in wo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import getpass
 import os
 import subprocess
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import paramiko
 import pytest
 
 from ..jupyters import start_jupyter
+from ..peers import Detour
 from .conftest import PATIENCE, running, until
 from .faults import (
     kill_jupyter,
@@ -181,6 +184,38 @@ def test_jupyter_comes_back_within_a_minute(client_home: Path, tmp_path: Path) -
                     assert process.wait(2 * PATIENCE) == 0
                     assert target.read_bytes() == LARGE
     finally:
+        server.stop()
+
+
+def await_progress(process: subprocess.Popen[bytes], target: Path) -> None:
+    """Until a transfer has gone on from here, or has ended."""
+    before = target.stat().st_size
+    until(lambda: process.poll() is not None or target.stat().st_size > before, "it goes on")
+
+
+@pytest.mark.parametrize("store", ["agent", "contents"])
+def test_the_websocket_is_cut(client_home: Path, tmp_path: Path, store: str) -> None:
+    """Whatever goes to Jupyter is cut, more than once: through the agent transfers go on and are
+    whole, through the Contents API they are whole or end with an error."""
+    server = start_jupyter("current")
+    detour = Detour(urlsplit(server.url).port or 0)
+    url = server.url.replace(f":{urlsplit(server.url).port}", f":{detour.port}")
+    options = ["--files", store, "--authorized-keys", str(client_home / "key.pub")]
+    try:
+        around = dataclasses.replace(server, url=url)
+        with running("cut", tmp_path, client_home, around, *options) as made:
+            far = far_on(made, store, tmp_path)
+            with transfer(far, tmp_path, "put") as put, transfer(far, tmp_path, "get") as get:
+                for _ in range(3):
+                    detour.cut()
+                    detour.mend()
+                    await_progress(*get)
+                for process, target in (put, get):
+                    status = process.wait(2 * PATIENCE)
+                    assert target.read_bytes() == LARGE if status == 0 else is_begun(target)
+                    assert status == 0 or store == "contents"
+    finally:
+        detour.close()
         server.stop()
 
 
