@@ -78,7 +78,7 @@ MAX_UNACKED_BYTES = 4 * 1024 * 1024
 MAX_UNACKED_MESSAGES = 500
 DATA_UNACKED_BYTES = MAX_UNACKED_BYTES - MAX_MESSAGE
 DATA_UNACKED_MESSAGES = 400
-ACK_BYTES = 512 * 1024
+ACK_BYTES = 1536 * 1024
 ACK_MESSAGES = 32
 MAX_STREAMS = 4096
 MAX_CONTROL = 65536  # frames queued: more than any honest peer needs while a carrier is away
@@ -88,6 +88,7 @@ CAP_FLOOR = 512 * 1024
 CAP_FLOOR_BESIDE_KEYS = 128 * 1024
 CAP_FLOOR_OF_FILES = 2 * 1024 * 1024  # they cross five processes, each with a piece in hand
 CAP_CEILING = 3 * 1024 * 1024
+QUEUE_SECONDS = 0.01  # what may wait before a consumer, at the rate it takes
 SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
 JOINED = 32 * 1024  # small writes that wait are joined up to here: an object each costs fifty times
 KEY = 64  # DATA up to here counts as somebody typing
@@ -130,7 +131,8 @@ class Stream:
 
     __slots__ = (
         "_ceiling", "_endpoint", "_granted", "_mark", "_mark_time", "_product", "_queue",
-        "_ready", "closed", "floor", "id", "limit", "queued", "received", "receiver", "sent",
+        "_rate", "_ready", "closed", "floor", "id", "limit", "queued", "received", "receiver",
+        "sent",
     )  # fmt: skip
 
     def __init__(
@@ -154,7 +156,8 @@ class Stream:
         self._ready = False
         self._granted = granted
         self._ceiling = granted
-        self._product = 0  # twice the bytes of a round trip, at the best
+        self._product = 0.0  # twice the bytes of a round trip, at the best
+        self._rate = 0.0  # bytes per second that come, of late
         self._mark = 0
         self._mark_time: float | None = None
 
@@ -167,10 +170,12 @@ class Stream:
     def cap(self) -> int:
         """How far ahead of the consumer the peer may be, in bytes.
 
-        What waits on the road before a slow end is what a key on another stream waits behind: the
-        cap is lower while somebody types, and grows with the round trip, which is never the queue.
+        Twice the bytes of a round trip keep a road busy. More saves messages, since half a cap is
+        one CREDIT, but what waits before a slow end is what a key on another stream waits behind:
+        it is what the consumer takes in :data:`QUEUE_SECONDS`, and nothing while somebody types.
         """
-        return max(CAP_FLOOR_BESIDE_KEYS if self.beside_keys else self.floor, self._product)
+        waiting = 0.0 if self.beside_keys else max(self._rate * QUEUE_SECONDS, self.floor)
+        return int(min(max(CAP_FLOOR_BESIDE_KEYS, self._product, waiting), CAP_CEILING))
 
     @property
     def beside_keys(self) -> bool:
@@ -258,10 +263,11 @@ class Stream:
             return
         elapsed = now - self._mark_time
         rtt = self._endpoint.rtt
-        if elapsed >= rtt:
-            per_round_trip = (self.received - self._mark) * rtt / elapsed
-            if 2 * per_round_trip > self._product:
-                self._product = min(int(2 * per_round_trip), CAP_CEILING)
+        # Of a shorter time, one turn's messages would be taken for the road's speed.
+        if elapsed >= max(rtt, QUEUE_SECONDS):
+            rate = (self.received - self._mark) / elapsed
+            self._rate = (self._rate + rate) / 2
+            self._product = max(self._product, 2 * rate * rtt)
             self._mark, self._mark_time = self.received, now
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from conchkernel.avatars import KernelAvatar
 from conchkernel.ssh.channel import (
+    AHEAD_BYTES,
     ADJUST_STEP_BYTES,
     CREDIT_CAP_BYTES,
     LOCAL_WINDOW_BYTES,
@@ -56,14 +57,15 @@ def test_peersMaximumPacketHolds(client: MemoryClient, maxPacket: int) -> None:
 
 
 def test_outputStopsAtTheWindow(client: MemoryClient) -> None:
-    """What the window does not take is not even granted: it waits where it is made."""
+    """Little of what the window does not take is granted: the rest waits where it is made."""
     channel, stream = running(client, window=100_000)
-    stream.put(b"x" * 300_000)
-    assert (len(channel.output), stream.pending) == (100_000, 200_000)
-    client.adjust(channel, 50_000)
-    assert (len(channel.output), stream.pending) == (150_000, 150_000)
-    client.adjust(channel, 1_000_000)
-    assert (len(channel.output), stream.pending) == (300_000, 0)
+    stream.put(b"x" * (AHEAD_BYTES + 900_000))
+    assert (len(channel.output), stream.pending) == (100_000, 800_000)
+    assert stream.receiver.bufferedBytes == AHEAD_BYTES
+    client.adjust(channel, 500_000)
+    assert (len(channel.output), stream.pending) == (600_000, 300_000)
+    client.adjust(channel, 10_000_000)
+    assert (len(channel.output), stream.pending) == (AHEAD_BYTES + 900_000, 0)
 
 
 def test_closedWindowLetsTheEndWait(client: MemoryClient) -> None:

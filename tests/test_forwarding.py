@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from conchkernel.avatars import KernelAvatar
 from conchkernel.errors import LinkLost, RefusalCode, StreamRefused
 from conchkernel.interfaces import Incoming, PrivateSocket, SocketPath, TCPAddress
-from conchkernel.ssh.channel import LOCAL_WINDOW_BYTES
+from conchkernel.ssh.channel import AHEAD_BYTES, LOCAL_WINDOW_BYTES
 from conchkernel.ssh.connection import MAX_CHANNELS
 from conchkernel.ssh.fields import string
 from conchkernel.ssh.forwarding import MAX_LISTENERS
@@ -185,9 +185,9 @@ def test_nothingIsReadThatTheClientDoesNotTake(rig: Rig) -> None:
     channel = rig.client.open(b"direct-tcpip", window=1000, data=direct())
     stream = rig.link.streams[0]
     stream.opened()
-    stream.put(b"y" * 5000)
+    stream.put(b"y" * (AHEAD_BYTES + 5000))
     assert (len(channel.output), stream.pending) == (1000, 4000)
-    rig.client.adjust(channel, 4000)
+    rig.client.adjust(channel, AHEAD_BYTES + 4000)
     assert stream.pending == 0
 
 

@@ -273,17 +273,33 @@ def test_a_peer_that_forgot_is_not_resumed():
         pair.gateway.resume(pair.gateway.sent_bytes + 1)
 
 
-def test_ping_measures_the_round_trip_and_the_cap_follows():
-    """The cap grows to twice the bytes of one round trip and no further than its ceiling."""
+def road(rtt: float) -> tuple[Pair, wire.Stream, wire.Stream]:
+    """A stream over a road of that round trip, and its far end."""
     pair = Pair()
     stream, _, far, _ = pair.open()
-    pair.now = 1.0
-    pair.gateway.ping(1.0)
+    pair.gateway.ping(pair.now)
     question = pair.gateway.next_message()
-    pair.agent.receive(b"".join(question), 1.05)
-    pair.now = 1.1
+    pair.agent.receive(b"".join(question), pair.now + rtt / 2)
+    pair.now += rtt
     pair.pump()
-    assert pair.gateway.rtt == pytest.approx(0.1)
+    assert pair.gateway.rtt == pytest.approx(rtt)
+    return pair, stream, far
+
+
+def take(pair: Pair, stream: wire.Stream, far: wire.Stream, rate: float, seconds: float) -> None:
+    """The far end gives whatever it may, of what is taken at ``rate``, for so long."""
+    end = pair.now + seconds
+    while pair.now < end:
+        stream.grant(stream.received + int(rate * 0.001) + 1)
+        pair.pump()
+        far.write(b"b" * max(far.room, 0))
+        pair.pump()
+        pair.now += 0.001
+
+
+def test_the_cap_follows_the_round_trip():
+    """On a far road it is twice the bytes of one round trip, and no more than its ceiling."""
+    pair, stream, far = road(0.1)
     assert stream.cap == wire.CAP_FLOOR
     for _ in range(40):
         stream.grant(1 << 30)
@@ -292,6 +308,31 @@ def test_ping_measures_the_round_trip_and_the_cap_follows():
         pair.pump()
         pair.now += 0.1
     assert stream.cap == wire.CAP_CEILING
+
+
+def test_the_cap_follows_the_consumer():
+    """On a near road it is what is taken within a hundredth of a second, of late."""
+    pair, stream, far = road(0.001)
+    take(pair, stream, far, 150e6, 0.5)
+    assert stream.cap == pytest.approx(1.5e6, rel=0.02)
+    take(pair, stream, far, 70e6, 0.5)
+    assert stream.cap == pytest.approx(7e5, rel=0.02)
+    take(pair, stream, far, 1e6, 0.5)
+    assert stream.cap == wire.CAP_FLOOR
+
+
+def test_beside_keys_nothing_waits():
+    """While somebody types on another stream the cap is what keeps the road busy."""
+    pair, stream, far = road(0.001)
+    take(pair, stream, far, 100e6, 0.5)
+    assert stream.cap == pytest.approx(1e6, rel=0.02)
+    typed, _, echo, _ = pair.open()
+    typed.grant(1 << 20)
+    pair.pump()
+    echo.write(b"k")
+    pair.pump()
+    assert stream.cap == pytest.approx(2e5, rel=0.02)
+    assert typed.cap == wire.CAP_FLOOR
 
 
 def frame(frame_type: int, stream: int, payload: bytes = b"", length: int | None = None) -> bytes:

@@ -230,9 +230,8 @@ class Connection(Service):
             return
         if data:
             stream.write(data)
-            self._agent.settle(self.session)
-            if stream.queued or stream.room <= 0:
-                self._watch()
+            # Looked at when this has been sent: mostly there is room again, and nothing changes.
+            self._agent.look_again(self)
         else:
             stream.append(wire.EOF)
             self._end_reading()

@@ -166,7 +166,8 @@ class Process:
         if ended:
             self._close_output(fd)
         elif stream.queued or stream.room <= 0:
-            self._watch()
+            # Looked at when this has been sent: mostly there is room again, and nothing changes.
+            self._agent.look_again(self)
 
     def _close_output(self, fd: int) -> None:
         if fd in self._watched:

@@ -49,7 +49,10 @@ MAX_DATA_BYTES = 32 * 1024
 #: The window is given back in steps of this size, as OpenSSH does (channels.c, three packets).
 ADJUST_STEP_BYTES = 3 * MAX_DATA_BYTES
 #: Granted and not yet handed to the transport, at most: the bound of a channel's queue.
-CREDIT_CAP_BYTES = 2 * 1024 * 1024
+CREDIT_CAP_BYTES = 2560 * 1024
+#: Granted beyond the client's window: so much waits here for a window that opens, so that the way
+#: from the source does not add to the client's own round trip.
+AHEAD_BYTES = 1024 * 1024
 #: Chunks below this are joined in the queue, so that many small ones do not cost an object each.
 SMALL_BYTES = 1024
 #: The largest window there is (RFC 4254 section 5.2).
@@ -393,7 +396,7 @@ class GatewayChannel(SSHChannel):
             self.outlet.owe(self)
             return
         handed, granted, cap = self._handed, self._granted, self._creditCap
-        end = handed + self.remoteWindowLeft
+        end = handed + self.remoteWindowLeft + AHEAD_BYTES
         limit = min(end, handed + cap)
         gained = limit - granted
         step = cap >> 3
