@@ -9,8 +9,8 @@ import pytest
 
 from conchkernel.avatars import KernelAvatar
 from conchkernel.ssh.channel import (
-    AHEAD_BYTES,
     ADJUST_STEP_BYTES,
+    AHEAD_BYTES,
     CREDIT_CAP_BYTES,
     LOCAL_WINDOW_BYTES,
     MAX_DATA_BYTES,
