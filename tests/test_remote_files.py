@@ -7,6 +7,7 @@ import os
 import queue
 import stat
 import struct
+import subprocess
 import threading
 from pathlib import Path
 
@@ -305,6 +306,92 @@ def test_small_files_come_with_their_open(converse, tmp_path, size, flags, whole
     assert there.read(1, 0, 100) == ("", data[:100])
 
 
+def write_last(talk, data, offset=0):
+    return talk.ask(fw.WRITE_LAST, fw.WRITE_HEAD.pack(1, offset), data)
+
+
+def test_the_last_write_closes_the_file(converse, tmp_path):
+    """For everybody else it is closed: what was written can be run before its CLOSE."""
+    talk = converse()
+    mode = fw.ATTRIBUTES.pack(fw.HAS_MODE, 0, 0, 0, 0o700, 0, 0, 0)
+    head = fw.OPEN_HEAD.pack(1, WRITE | CREATE)
+    assert talk.ask(fw.OPEN, head, mode, b"program")[0] == ""
+    assert write_last(talk, Path("/bin/true").read_bytes()) == ("", b"\1")
+    assert subprocess.run([tmp_path / "program"], check=False).returncode == 0
+    assert talk.ask(fw.CLOSE, fw.HANDLE.pack(1)) == ("", b"")
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "renamed", "removed", "replaced"])
+def test_a_handle_goes_on_after_its_last_write(converse, tmp_path, meanwhile):
+    """It is of the same file, whatever has become of the name."""
+    talk, path = converse(), tmp_path / "file"
+    assert talk.open(b"file", READ | WRITE | CREATE) == ""
+    assert write_last(talk, b"content") == ("", b"\1")
+    inode = path.stat().st_ino
+    if meanwhile == "renamed":
+        path.rename(tmp_path / "other")
+    elif meanwhile == "removed":
+        path.unlink()
+    elif meanwhile == "replaced":
+        (tmp_path / "new").write_bytes(b"new")
+        (tmp_path / "new").rename(path)
+    assert talk.read() == ("", b"content")
+    assert talk.ask(fw.WRITE, fw.WRITE_HEAD.pack(1, 7), b" and more")[0] == ""
+    assert write_last(talk, b"!", 16) == ("", b"\1")
+    assert talk.ask(fw.FSYNC, fw.HANDLE.pack(1))[0] == ""
+    assert talk.ask(fw.FSETSTAT, fw.HANDLE.pack(1), sized(12))[0] == ""
+    assert talk.read() == ("", b"content and ")
+    assert talk.ask(fw.CLOSE, fw.HANDLE.pack(1))[0] == ""
+    left = {one.stat().st_ino: one.read_bytes() for one in tmp_path.iterdir()}
+    assert left.get(inode, b"content and ") == b"content and "
+    if meanwhile == "replaced":
+        assert path.read_bytes() == b"new"
+
+
+def sized(size):
+    return fw.ATTRIBUTES.pack(fw.HAS_SIZE, size, 0, 0, 0, 0, 0, 0)
+
+
+def test_appending_goes_on_after_the_last_write(converse, tmp_path):
+    """At the end, as before."""
+    (tmp_path / "file").write_bytes(b"one")
+    talk = converse()
+    assert talk.open(b"file", WRITE | fw.OPEN_APPEND) == ""
+    assert write_last(talk, b"two") == ("", b"\1")
+    with (tmp_path / "file").open("ab") as other:
+        other.write(b"three")
+    assert talk.ask(fw.WRITE, fw.WRITE_HEAD.pack(1, 0), b"four")[0] == ""
+    assert (tmp_path / "file").read_bytes() == b"onetwothreefour"
+
+
+def test_what_could_not_be_opened_again_stays_open(converse, tmp_path):
+    """A file that may not be written any more, and what is no file."""
+    talk = converse()
+    mode = fw.ATTRIBUTES.pack(fw.HAS_MODE, 0, 0, 0, 0o400, 0, 0, 0)
+    assert talk.ask(fw.OPEN, fw.OPEN_HEAD.pack(1, WRITE | CREATE), mode, b"file")[0] == ""
+    assert write_last(talk, b"content") == ("", b"\0")
+    assert write_last(talk, b"C") == ("", b"\0")
+    assert (tmp_path / "file").read_bytes() == b"Content"
+    assert talk.ask(fw.CLOSE, fw.HANDLE.pack(1))[0] == ""
+    assert talk.open(b"/dev/null", WRITE) == ""
+    assert write_last(talk, b"content") == ("", b"\0")
+
+
+def test_a_last_write_that_fails(converse, tmp_path):
+    """It says so, and the handle is as it was."""
+    talk = converse()
+    assert talk.open(b"/dev/full", WRITE) == ""
+    assert write_last(talk, b"content")[0] == "NO_SPACE"
+    assert talk.ask(fw.CLOSE, fw.HANDLE.pack(1))[0] == ""
+    (tmp_path / "file").touch()
+    assert talk.open(b"file", READ) == ""
+    assert write_last(talk, b"content")[0] == "PERMISSION"
+    assert (
+        converse(read_only=True).ask(fw.WRITE_LAST, fw.WRITE_HEAD.pack(1, 0), b"x")[0]
+        == "READ_ONLY"
+    )
+
+
 def test_unknown_operations_and_handles_are_answered(converse, tmp_path):
     """They concern nobody else."""
     talk = converse()
@@ -318,7 +405,7 @@ def test_unknown_operations_and_handles_are_answered(converse, tmp_path):
 
 
 def test_handles_are_limited_and_come_back(converse, tmp_path):
-    """The 257th is refused; closing one makes room."""
+    """One more is refused; closing one makes room."""
     (tmp_path / "file").touch()
     talk = converse()
     for handle in range(fw.MAX_HANDLES):

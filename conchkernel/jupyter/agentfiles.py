@@ -63,6 +63,8 @@ class AgentFileStore:
     home = b"/"
     bytesUnderWay = BYTES_UNDER_WAY
     features: frozenset[str] = frozenset()
+    #: Whether the file that was written last had one WRITE, and then its CLOSE: so will the next.
+    writeIsLast = False
 
     def __init__(self, clock: Any, link: Link) -> None:
         self.stream: KernelStream
@@ -422,6 +424,8 @@ class AgentFileStore:
             or not source.store is target.store is self
         ):
             return fail(FileStoreError(FileProblem.UNSUPPORTED, "a file of another store"))
+        source.used()
+        target.used()
         body = fw.COPY_BODY.pack(source.handle, offset, length, target.handle, target_offset)
         return self.ask(fw.COPY, body)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
@@ -44,6 +44,9 @@ class AgentFile:
         self._handle = fw.HANDLE.pack(handle)
         self._readOnly = readOnly
         self._ahead = ahead
+        self._writes = 0
+        self._others = 0  # requests that are neither WRITE nor CLOSE
+        self._isClosed = False  # over there, with the only WRITE
 
     @property
     def attributes(self) -> Attributes | None:
@@ -64,14 +67,35 @@ class AgentFile:
             if piece is not None:
                 return piece
         body = fw.READ_BODY.pack(self.handle, offset, min(length, fw.MAX_TRANSFER))
+        self.used()
         return self.store.ask(fw.READ, body, bytes)
 
     def write(self, offset: int, data: bytes) -> Deferred[None]:
         """See :class:`IOpenFile`."""
+        self._writes += 1
         if len(data) <= fw.MAX_TRANSFER:
             body = fw.WRITE_HEAD.pack(self.handle, offset)
+            if self.store.writeIsLast and len(data) <= fw.MAX_AHEAD and self._isNew():
+                return self.store.ask(fw.WRITE_LAST, body, self._closedEarly, data)
+            self._isClosed = False
             return self.store.ask(fw.WRITE, body, None, data)
         return Deferred.fromCoroutine(self._writeParts(offset, memoryview(data)))
+
+    def _isNew(self) -> bool:
+        return self._writes == 1 and not self._others
+
+    def _closedEarly(self, answer: memoryview) -> None:
+        # Unless something was asked meanwhile.
+        self._isClosed = answer[0] == 1 and self._isNew()
+
+    def used(self) -> None:
+        """Something but WRITE and CLOSE is asked of it, which opens it again."""
+        self._others += 1
+        self._isClosed = False
+
+    def _ask(self, *request: Any) -> Deferred[Any]:
+        self.used()
+        return self.store.ask(*request)
 
     async def _writeParts(self, offset: int, data: memoryview) -> None:
         # One after another: a failure in the middle leaves a beginning, not holes.
@@ -85,25 +109,29 @@ class AgentFile:
             attributes = ahead.stat()
             if attributes is not None:
                 return succeed(attributes)
-        return self.store.ask(fw.FSTAT, self._handle, self.store.owners.attributes)
+        return self._ask(fw.FSTAT, self._handle, self.store.owners.attributes)
 
     def setAttributes(self, attributes: Attributes) -> Deferred[None]:
         """See :class:`IOpenFile`."""
-        return self.store.ask(fw.FSETSTAT, self._handle + pack_attributes(attributes))
+        return self._ask(fw.FSETSTAT, self._handle + pack_attributes(attributes))
 
     def sync(self) -> Deferred[None]:
         """See :class:`IOpenFile`."""
-        return self.store.ask(fw.FSYNC, self._handle)
+        return self._ask(fw.FSYNC, self._handle)
 
     def filesystem(self) -> Deferred[Filesystem]:
         """See :class:`IOpenFile`."""
-        return self.store.ask(fw.FSTATVFS, self._handle, filesystem)
+        return self._ask(fw.FSTATVFS, self._handle, filesystem)
 
     def close(self) -> Deferred[None]:
         """See :class:`IOpenFile`."""
         if self._readOnly and self.store.isOpen:
             # Nothing can be lost by it any more: nobody need wait.
             self._ahead = None
+            self.store.dropSoon(self.handle)
+            return succeed(None)
+        self.store.writeIsLast = self._isNew() and "write-last" in self.store.features
+        if self._isClosed and self.store.isOpen:
             self.store.dropSoon(self.handle)
             return succeed(None)
         return self.store.ask(fw.CLOSE, self._handle)

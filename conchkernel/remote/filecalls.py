@@ -60,6 +60,16 @@ def all_of(fd: int, status: os.stat_result) -> bytes:
     return pack_status(status) + data if len(data) == size else b""
 
 
+def can_pin(fd: int) -> bool:
+    """Whether a file can be held without being open, and surely be opened again for writing."""
+    if not hasattr(os, "O_PATH") or not os.path.exists(f"/proc/self/fd/{fd}"):
+        return False
+    status = os.fstat(fd)
+    # Not root's rights: on a network file system they may be nobody's.
+    mine = status.st_uid == os.geteuid() and bool(status.st_mode & stat.S_IWUSR)
+    return stat.S_ISREG(status.st_mode) and mine
+
+
 def change(attributes: tuple[Any, ...], fd: int | None, place: Place | None) -> None:
     """Change what is given; all of it is tried, and the first error told.
 

@@ -18,6 +18,7 @@ from conchkernel.remote import filewire as fw
 from conchkernel.remote.directory import Directory, account_name, group_name
 from conchkernel.remote.filecalls import (
     all_of,
+    can_pin,
     change,
     copy_slice,
     copy_through,
@@ -32,7 +33,7 @@ from conchkernel.remote.paths import Host, Jail
 #: One slice of a copy: between two of them a stream that was closed stops.
 COPY_SLICE = 8 * 1024 * 1024
 #: What may take long by itself; answers that are ready are not kept waiting for it.
-SLOW = frozenset((fw.FSYNC, fw.COPY, fw.CLOSE, fw.NAMES, fw.HOME))
+SLOW = frozenset((fw.FSYNC, fw.COPY, fw.CLOSE, fw.WRITE_LAST, fw.NAMES, fw.HOME))
 
 if TYPE_CHECKING:
     Answer = bytes | bytearray | memoryview
@@ -43,16 +44,43 @@ class Malformed(Exception):
 
 
 class _File:
-    """An open file."""
+    """An open file.
 
-    __slots__ = ("append", "fd")
+    :param flags: to open it with once more, if it was closed before its client said so.
+    """
 
-    def __init__(self, fd: int, append: bool) -> None:
-        self.fd = fd
-        self.append = append
+    __slots__ = ("_early", "_fd", "_flags", "append")
+
+    def __init__(self, fd: int, flags: int) -> None:
+        self.append = bool(flags & os.O_APPEND)
+        self._fd = fd
+        self._flags = flags
+        self._early = False
+
+    @property
+    def fd(self) -> int:
+        if self._early:
+            pinned = self._fd
+            self._fd = os.open(f"/proc/self/fd/{pinned}", self._flags)
+            self._early = False
+            os.close(pinned)
+        return self._fd
+
+    def close_early(self) -> bool:
+        """Close it as far as others, and errors, are concerned; whether that could be.
+
+        What is kept is no open file for anybody else, and leads back to this one whatever becomes
+        of its name. Only what can surely be opened again is closed.
+        """
+        if self._early or not can_pin(self._fd):
+            return False
+        pinned = os.open(f"/proc/self/fd/{self._fd}", os.O_PATH | os.O_CLOEXEC)
+        written, self._fd, self._early = self._fd, pinned, True
+        os.close(written)
+        return True
 
     def close(self) -> None:
-        os.close(self.fd)
+        os.close(self._fd)
 
 
 class Operations:
@@ -79,6 +107,7 @@ class Operations:
             fw.OPEN: self._open,
             fw.CLOSE: self._close,
             fw.WRITE: self._write,
+            fw.WRITE_LAST: self._write_last,
             fw.FSTAT: self._fstat,
             fw.FSETSTAT: self._fsetstat,
             fw.FSYNC: self._fsync,
@@ -179,7 +208,7 @@ class Operations:
         except BaseException:
             os.close(fd)
             raise
-        self._handles[handle] = _File(fd, bool(wanted & fw.OPEN_APPEND))
+        self._handles[handle] = _File(fd, flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC))
         return b"" if wanted & fw.OPEN_CHANGES else all_of(fd, status)
 
     def _close(self, body: memoryview) -> bytes:
@@ -200,12 +229,17 @@ class Operations:
         fw.HEAD.pack_into(answer, 0, fw.COUNTED + count, request, 0)
         return view[: fw.HEAD.size + count]
 
+    def _write_last(self, body: memoryview) -> bytes:
+        self._write(body)
+        return b"\1" if self._handle(body, _File).close_early() else b"\0"
+
     def _write(self, body: memoryview) -> bytes:
         _, offset = _unpack(fw.WRITE_HEAD, body)
         file = self._handle(body, _File)
+        fd = file.fd
         data = body[fw.WRITE_HEAD.size :]
         while data:
-            count = os.write(file.fd, data) if file.append else os.pwrite(file.fd, data, offset)
+            count = os.write(fd, data) if file.append else os.pwrite(fd, data, offset)
             offset += count
             data = data[count:]
         return b""

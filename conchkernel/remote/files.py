@@ -38,7 +38,9 @@ SMALL = 1024
 #: Streams of this kind in one agent, each with its thread.
 MAX_SERVICES = 64
 
-FEATURES = ("modes", "links", "hardlinks", "statvfs", "sync", "times", "offset-writes")
+FEATURES = (
+    "modes", "links", "hardlinks", "statvfs", "sync", "times", "offset-writes", "write-last",
+)  # fmt: skip
 
 
 class _Over(Exception):

@@ -19,12 +19,13 @@ COUNTED = HEAD.size - 4
 (
     OPEN, CLOSE, READ, WRITE, FSTAT, FSETSTAT, FSYNC, FSTATVFS, STAT, LSTAT, SETSTAT, LSETSTAT,
     OPENDIR, READDIR, REMOVE, MKDIR, RMDIR, RENAME, READLINK, SYMLINK, LINK, REALPATH, STATVFS,
-    NAMES, HOME, COPY,
-) = range(1, 27)  # fmt: skip
+    NAMES, HOME, COPY, WRITE_LAST,
+) = range(1, 28)  # fmt: skip
 
 #: What changes something that others see, besides an OPEN for it.
 CHANGING = frozenset((
     WRITE, FSETSTAT, SETSTAT, LSETSTAT, REMOVE, MKDIR, RMDIR, RENAME, SYMLINK, LINK, COPY,
+    WRITE_LAST,
 ))  # fmt: skip
 
 # Bodies, as far as they have a fixed size.
@@ -59,7 +60,8 @@ OPEN_CHANGES = OPEN_WRITE | OPEN_APPEND | OPEN_CREATE | OPEN_TRUNCATE | OPEN_EXC
 MAX_TRANSFER = 255 * 1024
 #: A record without its length: the longest is a RENAME of two paths, or a WRITE.
 MAX_RECORD = 256 * 1024
-#: A file up to here comes whole with the answer to its OPEN for reading.
+#: A file up to here comes whole with the answer to its OPEN for reading, and may be written by a
+#: single WRITE_LAST.
 MAX_AHEAD = 32 * 1024
 #: A path; Linux takes 4095. Longer ones are told so by the system, not cut.
 MAX_PATH = 65535

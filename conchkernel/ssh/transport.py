@@ -138,8 +138,6 @@ class GatewayTransport(OutgoingPackets):
         self._writer = PromptWriter(self.transport)
         if hasattr(tcp, "setTcpNoDelay"):
             tcp.setTcpNoDelay(True)
-            # As sshd: a client that is gone without a word is found out, if only after hours.
-            tcp.setTcpKeepAlive(True)
         if isinstance(getattr(tcp, "bufferSize", None), int):
             tcp.bufferSize = _TCP_BUFFER_BYTES
             tcp.SEND_LIMIT = _SEND_BYTES

@@ -659,6 +659,50 @@ async def test_closing_what_was_read_is_not_waited_for_and_done(place):
 
 
 @pytest_twisted.ensureDeferred
+async def test_small_files_one_after_another(place):
+    """Each is there when its CLOSE is answered, though that need not be waited for; whoever goes
+    on with the handle is waited for again."""
+    store = place.store
+
+    async def opened(name):
+        return await store.open(place.path(name), NEW | READ, NOTHING)
+
+    for number in range(5):
+        file = await opened(b"%d" % number)
+        await file.write(0, b"content of %d" % number)
+        closing = file.close()
+        assert closing.called is (number > 0)
+        await closing
+        assert (place.host / str(number)).read_bytes() == b"content of %d" % number
+    ways = {
+        "read": lambda file: maybeDeferred(file.read, 0, 10),
+        "written": lambda file: file.write(1, b"i"),
+        "set": lambda file: file.setAttributes(Attributes(mode=0o600)),
+        "looked at": lambda file: file.stat(),
+        "copied": lambda file: store.copy(file, 0, 2, target, 0),
+    }
+    target = await opened(b"target")
+    for way in ways.values():
+        for again in (b"one", b"two"):
+            file = await opened(again)
+            await file.write(0, b"hallo")
+            if again == b"two":
+                await way(file)
+                closing = file.close()
+                assert not closing.called
+                await closing
+            else:
+                await file.close()
+    assert (place.host / "two").read_bytes() == b"hallo"
+    assert (place.host / "target").read_bytes() == b"ha"
+    file, other = await opened(b"a"), await opened(b"b")
+    await gatherResults([file.write(n, b"%d" % n) for n in range(10)])
+    await gatherResults([other.write(0, b"x"), other.close(), file.close(), target.close()])
+    assert (place.host / "a").read_bytes() == b"0123456789"
+    assert (place.host / "b").read_bytes() == b"x"
+
+
+@pytest_twisted.ensureDeferred
 async def test_listing_ten_thousand(place):
     """Each once, with its attributes, in pieces; the owners' names come along."""
     for index in range(10_000):

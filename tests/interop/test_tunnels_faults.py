@@ -16,7 +16,6 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,6 +33,7 @@ from .faults import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from ..peers import Peer
     from .conftest import Host
@@ -462,24 +462,6 @@ def test_half_of_a_connection_is_enough(host: Host, serving: Serving) -> None:
 
 
 # --- clients ---------------------------------------------------------------------------------
-
-
-def test_a_client_that_is_gone_without_a_word_is_found_out(host: Host) -> None:
-    """By the system, which asks after a silent one (TCPKeepAlive); or what listens for it would
-    do so for ever."""
-
-    def is_watched() -> bool:
-        # Of each: local and other address, state, queues, which timer runs.
-        found = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        timers = {
-            timer[:2]
-            for _, local, _, state, _, timer, *_ in found
-            if local.endswith(f":{host.port:04X}") and state == "01"
-        }
-        return timers == {"02"}
-
-    with host.master():
-        until(is_watched, "the system asks after the client")
 
 
 @pytest.mark.parametrize("deaf", ["who connected", "the client", "who serves"])
