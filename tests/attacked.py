@@ -158,7 +158,7 @@ def main(kind: str) -> None:
             textFileLogObserver(sys.stderr), [LogLevelFilterPredicate(LogLevel.info)]
         )
     )
-    port = reactor.listenTCP(0, factory, interface="0.0.0.0", backlog=500)
+    port = reactor.listenTCP(0, factory, interface="127.0.0.1", backlog=500)
     say(port.getHost().port)
     longest = last = 0.0
 

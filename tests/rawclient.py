@@ -59,11 +59,14 @@ class Tcp:
         self.writes = 0
         self.producer: Any = None
         self.reading = True
-        self.noDelay = False
+        self.noDelay = self.keepAlive = False
         self.closed = ""
 
     def setTcpNoDelay(self, enabled: bool) -> None:
         self.noDelay = enabled
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        self.keepAlive = enabled
 
     def write(self, data: bytes) -> None:
         self.writeSequence([data])

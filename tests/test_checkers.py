@@ -70,6 +70,13 @@ def test_authorizedKey(path: Path, key: Key) -> None:
     assert checker.requestAvatarId(proof(key, b"anybody")) == "owner"
 
 
+def test_tabs(path: Path) -> None:
+    """They separate as blanks do; a line that ends behind its options is none."""
+    path.write_text("no-pty\n" + "no-pty\t" + line(ED25519).replace(" ", "\t") + "\n")
+    found = AuthorizedKeysChecker([path]).requestAvatarId(proof(ED25519))
+    assert found.permissions == Permissions(pty=False)
+
+
 def test_unknownKey(path: Path) -> None:
     """Neither confirmed nor let in."""
     path.write_text(line(ED25519))

@@ -54,6 +54,7 @@ def test_greeting() -> None:
     assert raw.read() == []
     assert raw.greeting == b"SSH-2.0-OpenSSH_compatible_conchkernel_0.1.0"
     assert raw.tcp.noDelay
+    assert raw.tcp.keepAlive
     assert raw.tcp.bufferSize == 256 * 1024
 
 

@@ -40,17 +40,23 @@ def parse(line: str) -> AuthorizedKey | None:
     if not line or line.startswith("#"):
         return None
     permissions = _DEFAULT
-    kind, _, rest = line.partition(" ")
+    kind, rest = _word(line)
     if kind not in _KEY_TYPES:
         options, rest = _split(line)
         permissions = _permissions(options)
-        kind, _, rest = rest.partition(" ")
+        kind, rest = _word(rest)
         if kind not in _KEY_TYPES:
             raise ValueError("has options or a key type that are not supported")
     try:
         return AuthorizedKey(base64.b64decode(rest.split()[0], validate=True), permissions)
     except (IndexError, binascii.Error):
         raise ValueError("is not a key") from None
+
+
+def _word(line: str) -> tuple[str, str]:
+    """What stands before the first blank or tab, and what behind."""
+    word, *rest = line.split(None, 1) or [""]
+    return word, "".join(rest)
 
 
 def _split(line: str) -> tuple[list[str], str]:

@@ -155,6 +155,10 @@ class GatewayConnection(SSHConnection):
             self._keepAlive.stop()
             self._keepAlive = None
 
+    def _peer(self) -> str:
+        peerName = getattr(self.transport, "peerName", None)
+        return "a client" if peerName is None else peerName()
+
     def _factory(self) -> object:
         return getattr(self.transport, "factory", None)
 
@@ -175,10 +179,19 @@ class GatewayConnection(SSHConnection):
         except ProtocolError as error:
             self.disconnect(str(error), error.code)
         except ConchKernelError as error:
-            self._log.info("message {number} was refused: {why}", number=messageNum, why=str(error))
+            self._log.info(
+                "{peer}: message {number} was refused: {why}",
+                peer=self._peer(),
+                number=messageNum,
+                why=str(error),
+            )
             self._abandon(messageNum, packet)
         except Exception:
-            self._log.failure("message {number} could not be handled", number=messageNum)
+            self._log.failure(
+                "{peer}: message {number} could not be handled",
+                peer=self._peer(),
+                number=messageNum,
+            )
             self._abandon(messageNum, packet)
 
     def _abandon(self, messageNum: int, packet: bytes) -> None:

@@ -138,6 +138,8 @@ class GatewayTransport(OutgoingPackets):
         self._writer = PromptWriter(self.transport)
         if hasattr(tcp, "setTcpNoDelay"):
             tcp.setTcpNoDelay(True)
+            # sshd's TCPKeepAlive: a client whose machine is gone is found out within hours.
+            tcp.setTcpKeepAlive(True)
         if isinstance(getattr(tcp, "bufferSize", None), int):
             tcp.bufferSize = _TCP_BUFFER_BYTES
             tcp.SEND_LIMIT = _SEND_BYTES
