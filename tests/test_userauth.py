@@ -587,6 +587,14 @@ def test_pipelinedPasswords() -> None:
     assert raw.disconnected() == (2, b"too many login attempts at once")
 
 
+def test_hugeRequestsDoNotWait() -> None:
+    """What waits is bounded in bytes, too: a crowd of strangers could hold a lot."""
+    raw = client(TokenChecker("tok"))
+    for _ in range(4):
+        raw.password(bytes(30_000))
+    assert raw.disconnected() == (2, b"too many login attempts at once")
+
+
 def test_confirmedProbesAreBounded() -> None:
     """Asking about a known key is no failure, but has an end."""
     raw = client()

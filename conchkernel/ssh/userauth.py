@@ -59,6 +59,8 @@ METHODS = {
 
 #: Requests that may wait while one is served; a client that sends ahead needs two or three.
 _MAXIMUM_WAITING = 16
+#: Their bytes; the largest honest one is a certificate's or a big RSA key's.
+_MAXIMUM_WAITING_BYTES = 64 * 1024
 #: Requests of all kinds for each failure allowed. Key probes that succeed are no failures.
 _REQUESTS_PER_TRY = 8
 #: sshd takes no longer password either.
@@ -80,6 +82,11 @@ class _Request:
     method: bytes
     rest: bytes
     """What the method adds."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes, nearly."""
+        return len(self.user) + len(self.service) + len(self.method) + len(self.rest)
 
     @property
     def name(self) -> bytes:
@@ -166,7 +173,8 @@ class GatewayUserAuth(SSHUserAuthServer):
         if messageNum == MSG_USERAUTH_REQUEST:
             fields = Fields(packet, "USERAUTH_REQUEST")
             request = _Request(fields.string(), fields.string(), fields.string(), fields.rest())
-            if len(self._waiting) >= _MAXIMUM_WAITING:
+            waitingBytes = len(packet) + sum(one.size for one in self._waiting)
+            if len(self._waiting) >= _MAXIMUM_WAITING or waitingBytes > _MAXIMUM_WAITING_BYTES:
                 raise ProtocolError("too many login attempts at once")
             self._waiting.append(request)
             if self._question is not None:
