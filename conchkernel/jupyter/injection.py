@@ -27,6 +27,7 @@ _AGENT_MODULES = (
     ("conchkernel.remote.door", "conchkernel.remote", "door.py"),
     ("conchkernel.remote.pool", "conchkernel.remote", "pool.py"),
     ("conchkernel.remote.addresses", "conchkernel.remote", "addresses.py"),
+    ("conchkernel.remote.intake", "conchkernel.remote", "intake.py"),
     ("conchkernel.remote.connection", "conchkernel.remote", "connection.py"),
     ("conchkernel.remote.listening", "conchkernel.remote", "listening.py"),
     ("conchkernel.remote.ttymodes", "conchkernel.remote", "ttymodes.py"),

@@ -13,12 +13,12 @@ import errno
 import os
 import socket
 import struct
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from conchkernel import wire
 from conchkernel.remote import addresses
+from conchkernel.remote.intake import Intake
 from conchkernel.remote.service import CONNECT_FAILED, SHORTAGE, Service
 
 if TYPE_CHECKING:
@@ -57,13 +57,10 @@ class Connection(Service):
         self._addresses: list[Address] = []
         self._problem: OSError | None = None
         self._late: socket.socket | None = None
-        self._consumed = 0
-        self._backlog: deque[memoryview | bytes] = deque()
-        self._ending = False  # the gateway's EOF has come
+        self._intake = Intake(self, agent, stream, self._end_writing, self._not_taken)
         self._open = False
         self._watched = False
         self._read_all = False  # nothing more is read
-        self._written_all = False  # nothing more is written
         self._over = False
         if connected is not None:
             self._begin()
@@ -191,10 +188,7 @@ class Connection(Service):
             # Also where the agent is killed: then the system closes it.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._stream.control(wire.OPENED, b"{}")
-        if self._backlog:
-            self._agent.watch_write(self._socket.fileno(), self._writable)
-        elif self._ending:
-            self._end_writing()
+        self._intake.open(self._socket.fileno(), self._socket.send)
         self._watch()
         self._agent.settle(self.session)
 
@@ -267,70 +261,22 @@ class Connection(Service):
 
     def wire_data(self, data: memoryview, extended: int) -> None:
         """Bytes for the socket."""
-        if self._written_all or self._over:
-            self._took(len(data))
-            return
-        if self._open and not self._backlog:
-            written = self._write(data)
-            if written == len(data):
-                return
-            data = data[written:]
-        # The buffer under ``data`` is used again; the peer's credit bounds what is kept.
-        self._backlog.append(bytes(data))
-        if self._open and self._socket is not None:
-            self._agent.watch_write(self._socket.fileno(), self._writable)
-
-    def _write(self, data: memoryview | bytes) -> int:
-        assert self._socket is not None
-        try:
-            written = self._socket.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            # Nobody takes any more. What comes is dropped, as under sshd; that the other end is
-            # gone is told by reading.
-            self._took(len(data))
-            self._drop_backlog()
-            return len(data)
-        self._took(written)
-        return written
-
-    def _took(self, count: int) -> None:
-        self._consumed += count
-        self._stream.grant(self._consumed + self._stream.cap)
-
-    def _writable(self, fd: int) -> None:
-        backlog = self._backlog
-        while backlog and not self._written_all:
-            data = backlog.popleft()
-            written = self._write(data)
-            if written < len(data):
-                backlog.appendleft(memoryview(data)[written:])
-                return
-        self._agent.unwatch_write(fd)
-        if self._ending:
-            self._end_writing()
-        self._agent.settle(self.session)
-
-    def _drop_backlog(self) -> None:
-        self._took(sum(map(len, self._backlog)))
-        self._backlog.clear()
-        if self._socket is not None:
-            self._agent.unwatch_write(self._socket.fileno())
-        self._written_all = True
-        self._end_if_done()
+        self._intake.data(data)
 
     def wire_eof(self) -> None:
         """The client sends no more; the socket's other end is told after the last byte."""
-        self._ending = True
-        if self._open and not self._backlog:
-            self._end_writing()
+        self._intake.end()
 
     def _end_writing(self) -> None:
-        if not self._written_all:
-            self._written_all = True
+        if not self._intake.closed:
+            self._intake.close()
             self._shut_down(socket.SHUT_WR)
             self._end_if_done()
+
+    def _not_taken(self) -> None:
+        """The other end is gone, which reading tells."""
+        self._intake.close()
+        self._end_if_done()
 
     def _shut_down(self, direction: int) -> None:
         if self._socket is not None and self._open:
@@ -342,7 +288,7 @@ class Connection(Service):
     # --- the end -----------------------------------------------------------------------------
 
     def _end_if_done(self) -> None:
-        if self._read_all and self._written_all and not self._over:
+        if self._read_all and self._intake.closed and not self._over:
             self._end("")
 
     def _end(self, reason: str) -> None:
@@ -368,13 +314,13 @@ class Connection(Service):
 
     def _release(self) -> None:
         self._over = True
-        self._backlog.clear()
+        whole = self._intake.closed or not self._intake.consumed
+        self._intake.close()
         taken, self._socket = self._socket, None
         if taken is not None:
             fd = taken.fileno()
             self._agent.unwatch_read(fd)
             self._agent.unwatch_write(fd)
-            whole = self._written_all or not self._consumed
             if whole and taken.family != socket.AF_UNIX:
                 try:
                     taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FLUSH)

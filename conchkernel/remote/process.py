@@ -13,12 +13,14 @@ import json
 import os
 import signal
 import termios
-from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from conchkernel import wire
 from conchkernel.remote import spawn
+from conchkernel.remote.intake import Intake
+from conchkernel.remote.service import Service
 
 #: A terminal fills while it is read, at some 80 MB/s: so long other streams wait.
 TERMINAL_BATCH = 64 * 1024
@@ -89,7 +91,7 @@ class ProcessStream(Protocol):
         """Input up to byte ``limit`` may come."""
 
 
-class Process:
+class Process(Service):
     """One OPEN of kind ``process``: the receiver of its stream.
 
     :param session: of the agent's, that the stream belongs to.
@@ -107,9 +109,6 @@ class Process:
         self._agent = agent
         self._stream = stream
         self._exit: int | None = None
-        self._consumed = 0
-        self._backlog: deque[memoryview | bytes] = deque()
-        self._ending_input = False
         self._told_eof = False
         self._over = False
         self._terminal = parameters.get("pty") is not None
@@ -121,6 +120,8 @@ class Process:
         spawned = (spawn.on_terminal if self._terminal else spawn.on_pipes)(request)
         self.pid = spawned.pid
         self._input = spawned.input
+        self._intake = Intake(self, agent, stream, self._close_input, self._close_input)
+        self._intake.open(self._input, partial(os.write, self._input))
         self._outputs[spawned.output] = 0
         info: dict[str, Any] = {"pid": self.pid}
         if spawned.error is not None:
@@ -221,71 +222,19 @@ class Process:
 
     def wire_data(self, data: memoryview, extended: int) -> None:
         """Bytes for stdin, or typed at the terminal."""
-        if self._input < 0 or self._ending_input:
-            self._took(len(data))
-            return
-        if not self._backlog:
-            written = self._write(data)
-            if written == len(data):
-                return
-            data = data[written:]
-        # The buffer under ``data`` is used again; the peer's credit bounds what is kept.
-        self._backlog.append(bytes(data))
-        self._agent.watch_write(self._input, self._writable)
-
-    def _write(self, data: memoryview | bytes) -> int:
-        try:
-            written = os.write(self._input, data)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            # Nobody reads any more. What comes is taken and dropped, as under sshd.
-            self._took(len(data))
-            self._drop_input()
-            return len(data)
-        self._took(written)
-        return written
-
-    def _took(self, count: int) -> None:
-        self._consumed += count
-        self._stream.grant(self._consumed + self._stream.cap)
-
-    def _writable(self, fd: int) -> None:
-        backlog = self._backlog
-        while backlog:
-            data = backlog.popleft()
-            written = self._write(data)
-            if self._input < 0:
-                break
-            if written < len(data):
-                backlog.appendleft(memoryview(data)[written:])
-                return
-        if self._input >= 0:
-            self._agent.unwatch_write(self._input)
-        if self._ending_input:
-            self._close_input()
-        self._agent.settle(self.session)
-
-    def _drop_input(self) -> None:
-        self._took(sum(map(len, self._backlog)))
-        if self._backlog:
-            self._backlog.clear()
-        if not self._terminal:
-            self._close_input()
-
-    def _close_input(self) -> None:
-        if self._input >= 0 and not self._terminal:
-            self._agent.unwatch_write(self._input)
-            os.close(self._input)
-            self._input = -1
+        self._intake.data(data)
 
     def wire_eof(self) -> None:
         """The client's stdin is at its end. A terminal has none (as under sshd)."""
-        if self._terminal:
-            return
-        self._ending_input = True
-        if not self._backlog:
-            self._close_input()
+        if not self._terminal:
+            self._intake.end()
+
+    def _close_input(self) -> None:
+        """After its end, or where nobody reads any more; a terminal's is its output, too."""
+        if self._input >= 0 and not self._terminal:
+            self._intake.close()
+            os.close(self._input)
+            self._input = -1
 
     # --- what else the gateway says ----------------------------------------------------------
 
@@ -367,19 +316,7 @@ class Process:
             if fd != self._input:
                 os.close(fd)
         self._outputs.clear()
-        self._backlog.clear()
+        self._intake.close()
         if self._input >= 0:
-            self._agent.unwatch_write(self._input)
             os.close(self._input)
             self._input = -1
-
-    # Frames that only the gateway's end gets.
-
-    def wire_opened(self, info: dict[str, Any]) -> None:
-        """Not sent to an agent."""
-
-    def wire_refused(self, code: Any, message: Any) -> None:
-        """Not sent to an agent."""
-
-    def wire_exit(self, info: dict[str, Any]) -> None:
-        """Not sent to an agent."""
