@@ -41,6 +41,8 @@ def _seconds(text: str) -> float:
 
 
 def _file(text: str) -> str:
+    if not text:
+        return ""
     path = Path(text).absolute()
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {path}")
@@ -111,7 +113,10 @@ def parser() -> argparse.ArgumentParser:
         help="ssh's configuration (default: ~/.ssh/config of your account)",
     )
     config.add_argument(
-        "--kernel-name", metavar="NAME", help="kernel to start (default: the server's own)"
+        "--kernel-name",
+        metavar="NAME",
+        help="kernel to start (default: the server's own). This and the options below keep what "
+        "they were for NAME when they are left out; '' is the default again",
     )
     config.add_argument(
         "--jupyter-ca",
@@ -122,14 +127,12 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument(
         "--linger",
         type=_seconds,
-        default=60.0,
         metavar="SECONDS",
         help="how long the kernel outlives its last use (default: 60)",
     )
     config.add_argument(
         "--orphan-timeout",
         type=_seconds,
-        default=120.0,
         metavar="SECONDS",
         help="how long shells outlive a connection that was cut off (default: 120)",
     )
@@ -184,19 +187,18 @@ def _proxy(options: argparse.Namespace) -> int:
 
 def _configSSH(options: argparse.Namespace) -> int:
     from conchkernel import configssh
-    from conchkernel.names import Settings
 
+    said = {
+        "kernelName": options.kernel_name,
+        "jupyterCA": options.jupyter_ca,
+        "linger": options.linger,
+        "orphanTimeout": options.orphan_timeout,
+    }
     return configssh.main(
         configssh.Request(
             name=options.name,
             url=options.url,
-            settings=Settings(
-                url="",
-                kernelName=options.kernel_name,
-                jupyterCA=options.jupyter_ca,
-                linger=options.linger,
-                orphanTimeout=options.orphan_timeout,
-            ),
+            options={key: value or None for key, value in said.items() if value is not None},
             stateDir=options.state_dir,
             sshConfig=options.ssh_config,
             yes=options.yes,

@@ -11,6 +11,8 @@ import getpass
 import os
 import pwd
 import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -23,10 +25,14 @@ from conchkernel.errors import ConfigurationError, KernelRefused
 from conchkernel.names import URL_VARIABLE, Settings, defaultStateDir, named
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from conchkernel.names import Name
 
 #: What ssh runs: this interpreter, wherever it is started from.
 PROGRAM = (sys.executable, "-P", "-m", "conchkernel.cli")
+
+_SSH_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ class Request:
     name: str
     url: str | None
     """``-`` for stdin."""
-    settings: Settings
-    """All but the URL."""
+    options: Mapping[str, Any]
+    """Fields of :class:`~conchkernel.names.Settings`; what is not said stays as it is."""
     stateDir: Path | None
     sshConfig: Path | None
     """``None`` for the account's own."""
@@ -130,7 +136,7 @@ def main(request: Request) -> int:
         if request.remove:
             return _remove(name, config, yes=request.yes)
         sshconfig.plain(name.directory)
-        settings = replace(request.settings, url=_url(request.url))
+        settings = replace(_known(name), **request.options, url=_url(request.url))
         if sshconfig.hasHost(read(config), name.text):
             raise ConfigurationError(
                 f"{config} has a Host {name.text} already; take another name, or remove that"
@@ -143,6 +149,14 @@ def main(request: Request) -> int:
         return _add(name, found, stateDir, config, yes=request.yes)
 
     return foreground.run(program, work)
+
+
+def _known(name: Name) -> Settings:
+    """What was kept before, if that can be used."""
+    try:
+        return name.load()
+    except ConfigurationError:
+        return Settings(url="")
 
 
 def _url(given: str | None) -> str:
@@ -222,6 +236,7 @@ def _add(name: Name, settings: Settings, stateDir: Path, config: Path, *, yes: b
         for change in changes:
             change.make()
         done = True
+        _stopSharing(name)
     finally:
         if fresh and not done:
             name.forget()
@@ -244,8 +259,28 @@ def _remove(name: Name, config: Path, *, yes: bool) -> int:
         return foreground.FAILURE
     for change in changes:
         change.make()
+    _stopSharing(name)
     name.forget()
     return 0
+
+
+def _stopSharing(name: Name) -> None:
+    """Have nobody join a connection that leads where the name has led. It goes on for those who
+    use it, and ends at once where nobody does."""
+    control, ssh = name.directory / sshconfig.CONTROL_FILE, shutil.which("ssh")
+    if ssh is None or not control.exists():
+        return
+    try:
+        subprocess.run(
+            [ssh, "-F", "none", "-S", str(control), "-O", "stop", name.text],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_SSH_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # then what there is lasts until nobody has used it for some minutes
 
 
 def _agreed(changes: list[Change], *, yes: bool) -> bool:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from twisted.internet.defer import Deferred, TimeoutError
 from zope.interface import implementer
 
-from conchkernel import foreground
+from conchkernel import configssh, foreground, sshconfig
 from conchkernel.attachment import Attachment
 from conchkernel.errors import (
     ConchKernelError,
@@ -37,6 +37,7 @@ from conchkernel.jupyter.proxy import make_agent, proxy_for
 from conchkernel.jupyter.rest import discover
 from conchkernel.jupyter.urls import candidates, redact
 from conchkernel.names import defaultStateDir, named
+from conchkernel.ssh import hostkeys
 
 if TYPE_CHECKING:
     from conchkernel.interfaces import IKernelLink
@@ -142,7 +143,19 @@ def _askSSH(name: Name, sshConfig: Path | None) -> str:
         raise _Sick("ssh", f"its configuration does not lead {name.text} to us; {again}")
     if not Path(command[0]).is_file():
         raise _Sick("ssh", f"it would run {command[0]}, which is not there any more; {again}")
+    _lookAtHostKey(name, again)
     return f"would run {command[0]}"
+
+
+def _lookAtHostKey(name: Name, again: str) -> None:
+    """Whether ssh will believe that it is us."""
+    try:
+        key = hostkeys.load(name.directory / hostkeys.FILE_NAME).public().toString("OPENSSH")
+        known = configssh.read(name.directory / sshconfig.KNOWN_HOSTS_FILE)
+    except ConfigurationError as error:
+        raise _Sick("ssh", f"{error} To mend it {again}") from None
+    if known != sshconfig.knownHosts(name.text, key):
+        raise _Sick("ssh", f"it has not been told of our host key; {again}")
 
 
 async def _askServer(reactor: Any, settings: Settings) -> None:

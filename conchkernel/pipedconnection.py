@@ -13,7 +13,7 @@ from twisted.internet.interfaces import IReadDescriptor
 from zope.interface import implementer
 
 from conchkernel.avatars import KernelRealm
-from conchkernel.errors import ConchKernelError, KernelUnsupported
+from conchkernel.errors import ConchKernelError, ConfigurationError, KernelUnsupported
 from conchkernel.pipes import Pipes
 from conchkernel.ssh import hostkeys
 from conchkernel.ssh.checkers import OWNER
@@ -23,6 +23,8 @@ from conchkernel.stores import StoreChoice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from twisted.conch.ssh.keys import Key
 
     from conchkernel.attachment import Attachment
     from conchkernel.names import Name
@@ -64,7 +66,7 @@ def _ownerUnless(problem: str | None) -> str:
 class PipedConnection:
     """One SSH connection. Its handshake and the way to the kernel are gone at the same time.
 
-    :param name: whose host key it has.
+    :param name: whose host key it has, the one that ssh has been told of.
     :raises ConfigurationError: if that cannot be used.
     """
 
@@ -73,11 +75,12 @@ class PipedConnection:
         self._attachment = attachment
         self._transport: GatewayTransport | None = None
         self._starting: Deferred[str | None] | None = None
+        self._over = False
         backend = attachment.backend
         realm = KernelRealm(backend, files=StoreChoice(backend.contents))
         self._factory = GatewayFactory(
             Portal(realm, [PipeChecker(self._whenStarted)]),
-            [hostkeys.loadOrCreate(name.directory)],
+            [_hostKey(name)],
             reactor=reactor,
         )
 
@@ -103,6 +106,7 @@ class PipedConnection:
         watch.stop()
         self._factory.doStop()
         # What has not started by now is not waited for.
+        self._over = True
         self._starting.cancel()
         return await self._starting is None
 
@@ -118,6 +122,8 @@ class PipedConnection:
         except KernelUnsupported:
             return None  # files can be had all the same; who wants a shell is told
         except ConchKernelError as error:
+            if self._over:
+                return None  # that is what our not waiting has become
             complain(str(error))
             return str(error)
         except CancelledError:
@@ -134,6 +140,13 @@ class PipedConnection:
 
         self._starting.addCallback(tell)
         return waiting
+
+
+def _hostKey(name: Name) -> Key:
+    try:
+        return hostkeys.load(name.directory / hostkeys.FILE_NAME)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error} Run: conchkernel config-ssh {name.text} URL") from None
 
 
 @implementer(IReadDescriptor)

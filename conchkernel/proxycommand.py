@@ -14,8 +14,10 @@ reason of the disconnect too: where connections are shared, ssh gives us no othe
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
+import struct
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 #: What ssh itself ends with where there is no connection.
 FAILURE = 255
+#: For ssh to read why, and to go.
+_HEAR_SECONDS = 3.0
 
 
 def main(name: str, stateDir: Path | None, *, verbose: bool = False) -> int:
@@ -39,13 +43,17 @@ def main(name: str, stateDir: Path | None, *, verbose: bool = False) -> int:
     """
     from conchkernel.names import defaultStateDir, named
 
-    if sys.stdin.isatty():
+    _haveStandardDescriptors()
+    if os.isatty(0):
         return _complain(name, f"this is for ssh to run; type: ssh {name}")
     try:
         chosen = named(name, stateDir or defaultStateDir())
-        settings = chosen.load()
     except ConchKernelError as error:
         return _complain(name, str(error))
+    try:
+        settings = chosen.load()
+    except ConchKernelError as error:
+        return _turnAway(name, str(error), 0, 1)
     front, worker = socket.socketpair()
     if _detached():
         front.close()
@@ -98,10 +106,39 @@ def _letGo(*fds: int) -> None:
     os.close(null)
 
 
+def _haveStandardDescriptors() -> None:
+    """Where one was closed, what we open first would be taken for it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+
+
 def _complain(name: str, sentence: str) -> int:
-    sys.stderr.write(f"conchkernel proxy {name}: {sentence}\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.write(f"conchkernel proxy {name}: {sentence}\n")
+        sys.stderr.flush()
     return FAILURE
+
+
+def _turnAway(name: str, sentence: str, incoming: int, outgoing: int) -> int:
+    """Complain, and tell ssh the same as the reason of a disconnect, before any key exchange."""
+    from conchkernel.ssh.exchange import MSG_DISCONNECT
+    from conchkernel.ssh.fields import DisconnectCode, string
+    from conchkernel.ssh.packets import Outbound
+    from conchkernel.ssh.transport import GatewayTransport
+
+    status = _complain(name, sentence)
+    reason = string(sentence.encode("ascii", "backslashreplace")) + string(b"")
+    head = struct.pack(">BL", MSG_DISCONNECT, DisconnectCode.BY_APPLICATION)
+    packet = b"".join(Outbound().seal(head, reason))
+    try:
+        os.write(outgoing, GatewayTransport.ourVersionString + b"\r\n" + packet)
+        # Until ssh has gone: it would not read that if we were gone when it writes.
+        while select.select([incoming], [], [], _HEAR_SECONDS)[0] and os.read(incoming, 65536):
+            pass
+    except OSError:
+        pass  # it has gone before
+    return status
 
 
 def _work(name: Name, settings: Settings, front: socket.socket | None, *, verbose: bool) -> int:
@@ -119,7 +156,7 @@ def _work(name: Name, settings: Settings, front: socket.socket | None, *, verbos
 
     reactor: Any = installed
     keepLargeBuffers()
-    observers = [textFileLogObserver(sys.stderr)] if verbose else []
+    observers = [textFileLogObserver(sys.stderr)] if verbose and sys.stderr else []
     globalLogBeginner.beginLoggingTo(observers, redirectStandardIO=False)
     # Descriptors of their own, so that those of the process can be let go of.
     incoming, outgoing = os.dup(0), os.dup(1)
@@ -128,7 +165,9 @@ def _work(name: Name, settings: Settings, front: socket.socket | None, *, verbos
         attachment = Attachment(reactor, name, settings)
         connection = PipedConnection(reactor, name, attachment)
     except ConchKernelError as error:
-        return _tell(front, _complain(name.text, str(error)))
+        if front is not None:
+            _tell(front, _turnAway(name.text, str(error), incoming, outgoing))
+        return FAILURE
     status = FAILURE
 
     async def live() -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: Of each name's directory.
 BLOCK_FILE = "ssh_config"
 KNOWN_HOSTS_FILE = "known_hosts"
+#: The master's socket, where connections are shared.
+CONTROL_FILE = "master"
 
 #: A master's socket must fit into ``sun_path`` (104 bytes on macOS), and while it is made ssh adds
 #: 17 characters and a NUL.
@@ -69,7 +71,7 @@ def block(
         "    StrictHostKeyChecking yes",
         "    UpdateHostKeys no",
     ]
-    control = plain(directory / "master")
+    control = plain(directory / CONTROL_FILE)
     if len(control.encode()) <= _LONGEST_CONTROL_PATH:
         lines += [
             "    ControlMaster auto",
@@ -78,8 +80,15 @@ def block(
         ]
     else:
         lines += ["    # Connections are not shared: the path of their socket would be too long."]
-    pinned = b" ".join([name.encode("ascii"), *hostKey.split()[:2]])
-    return "\n".join([*lines, ""]).encode(), pinned + b"\n"
+    return "\n".join([*lines, ""]).encode(), knownHosts(name, hostKey)
+
+
+def knownHosts(name: str, hostKey: bytes) -> bytes:
+    """The one line by which ssh knows our host key.
+
+    :param hostKey: as for :func:`block`.
+    """
+    return b" ".join([name.encode("ascii"), *hostKey.split()[:2]]) + b"\n"
 
 
 def includeLine(names: Path) -> bytes:

@@ -1,4 +1,5 @@
-"""What may stand between a gateway and its Jupyter server: a TLS terminator, an HTTP proxy.
+"""What may stand between a gateway and its Jupyter server: a TLS terminator, an HTTP proxy, one
+that knows no WebSockets.
 
 Small real ones, on loopback, so that tests need not leave the machine.
 """
@@ -19,7 +20,7 @@ from twisted.internet import ssl
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Factory, Protocol
-from twisted.protocols.portforward import ProxyFactory
+from twisted.protocols.portforward import ProxyFactory, ProxyServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -80,6 +81,27 @@ async def terminating(
     listening = reactor.listenSSL(
         0, ProxyFactory("127.0.0.1", port), options, interface="127.0.0.1"
     )
+    try:
+        yield listening.getHost().port
+    finally:
+        await listening.stopListening()
+
+
+class _WithoutWebSockets(ProxyServer):
+    def dataReceived(self, data: bytes) -> None:
+        if b"upgrade: websocket" in data.lower():
+            self.transport.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+            self.transport.loseConnection()
+        else:
+            super().dataReceived(data)
+
+
+@asynccontextmanager
+async def withoutWebSockets(reactor: Any, port: int) -> AsyncIterator[int]:
+    """A server on loopback that passes on to ``port`` all but WebSockets; gives its own port."""
+    factory = ProxyFactory("127.0.0.1", port)
+    factory.protocol = _WithoutWebSockets
+    listening = reactor.listenTCP(0, factory, interface="127.0.0.1")
     try:
         yield listening.getHost().port
     finally:

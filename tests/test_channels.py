@@ -377,6 +377,7 @@ def unusedPort() -> int:
         (b"HTTP/1.1 302 Found\r\nLocation: /hub/user/a/", KernelRefused, "start it in the hub"),
         (b"HTTP/1.1 424 Failed Dependency", KernelRefused, "start it in the hub"),
         (b"HTTP/1.1 302 Found\r\nLocation: /login", TokenRefused, "token"),
+        (b"HTTP/1.1 403 Forbidden", TokenRefused, "a proxy in between lets no WebSocket through"),
         (b"HTTP/1.1 200 OK", NotJupyter, "does not pass WebSockets on"),
         (b"HTTP/1.1 400 Bad", NotJupyter, "does not pass WebSockets on"),
         (b"HTTP/1.0 101 Old", NotJupyter, "does not pass WebSockets on"),

@@ -59,12 +59,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipes": set(),
     "attachment": {"errors", "interfaces", "names", "jupyter"},
     "pipedconnection": {"errors", "names", "pipes", "stores", "attachment", "avatars", "ssh"},
-    "proxycommand": {"allocator", "errors", "names", "attachment", "pipedconnection"},
+    "proxycommand": {"allocator", "errors", "names", "attachment", "pipedconnection", "ssh"},
     "foreground": {"errors"},
     "sshconfig": {"errors"},
     "configssh": {"errors", "names", "foreground", "sshconfig", "ssh", "jupyter"},
-    "doctor": {"errors", "interfaces", "names", "foreground", "attachment", "jupyter"},
-    "cli": {"demo", "names", "proxycommand", "configssh", "doctor"},
+    "doctor": {
+        "errors", "interfaces", "names", "foreground", "attachment", "sshconfig", "configssh",
+        "ssh", "jupyter",
+    },
+    "cli": {"demo", "proxycommand", "configssh", "doctor"},
     "": {"errors", "service", "avatars", "ssh", "jupyter"},
 }
 

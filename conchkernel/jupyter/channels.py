@@ -22,7 +22,13 @@ from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from conchkernel.errors import ConchKernelError, KernelRefused, LinkLost, NotJupyter
+from conchkernel.errors import (
+    ConchKernelError,
+    KernelRefused,
+    LinkLost,
+    NotJupyter,
+    TokenRefused,
+)
 from conchkernel.jupyter import framing
 from conchkernel.jupyter.framing import FramingError, Message, Part
 from conchkernel.jupyter.reasons import unreachable
@@ -296,6 +302,12 @@ class KernelChannels(ShortPathWebSocket):
         if status in (0, 101, 200, 400, 405, 426):
             return NotJupyter(
                 f"{place} does not pass WebSockets on; a proxy before the Jupyter server must"
+            )
+        if status in (401, 403):
+            # Jupyter says it of tokens, and many a proxy of all WebSockets.
+            return TokenRefused(
+                f"the Jupyter server at {place} refused our WebSocket (HTTP {status}): the token "
+                "is wrong, or a proxy in between lets no WebSocket through"
             )
         hub = "/hub/" in headers.get("location", "")
         return refusal_of(status, self._client.location, hub=hub)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,11 +31,11 @@ from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
 
 from ..jupyters import start_jupyter
-from ..roads import Authority, proxying, terminating
+from ..roads import Authority, proxying, terminating, withoutWebSockets
 from .conftest import PATIENCE, Host, Ran, quoted, read_until, until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ..jupyters import RunningJupyter
 
@@ -161,7 +164,13 @@ def test_theTokenIsNobodysToSee(known: Lab) -> None:
     assert known.ssh("true").status == 0
     for process in known.processes():
         assert not any(token in word for word in process.cmdline())
-        assert token not in process.environ().values()
+        assert not any(token in value for value in process.environ().values())
+    told = known.run(["ssh", "-F", str(known.config), "-G", "lab"]).text
+    (command,) = re.findall("^proxycommand (.*)$", told, re.MULTILINE)
+    logged = known.ssh(*ALONE, f"-oProxyCommand={command} --verbose", "true")
+    assert "logged in" in logged.err
+    assert token not in logged.err
+    assert token not in told
     holding = [
         path for path in known.home.rglob("*") if path.is_file() and token in path.read_text()
     ]
@@ -210,6 +219,36 @@ def test_mounted(known: Lab, tmp_path: Path) -> None:
         finally:
             subprocess.run(["fusermount", "-u", here], check=False, timeout=20)
             process.wait(PATIENCE)
+
+
+def hostsIn(config: Path) -> list[str]:
+    """As VS Code lists them: what is included, wherever that leads, and no patterns."""
+    found = []
+    for line in config.read_text().splitlines():
+        word, *values = shlex.split(line, comments=True) or [""]
+        if word.lower() == "include":
+            found += [host for value in values for path in sorted(glob.glob(value))
+                      for host in hostsIn(Path(path))]  # fmt: skip
+        elif word.lower() == "host":
+            found += [value for value in values if not set("*?!") & set(value)]
+    return found
+
+
+@pytest_twisted.ensureDeferred
+async def test_programsThatReadTheConfiguration(known: Lab) -> None:
+    """An editor finds the name in its list of hosts, and a client of its own, here asyncssh, gets
+    in by the same lines: command, user and host key."""
+    assert hostsIn(known.config) == ["lab"]
+    program = (
+        "import asyncio, asyncssh, sys\n"
+        "async def main():\n"
+        "    async with asyncssh.connect('lab', config=[sys.argv[1]]) as connection:\n"
+        "        print((await connection.run('echo $((6 * 7))', check=True)).stdout, end='')\n"
+        "asyncio.run(main())\n"
+    )
+    words = [sys.executable, "-c", program, str(known.config)]
+    ran = await deferToThread(known.run, words)
+    assert ran == (0, b"42\n", "")
 
 
 def test_manyStartAtOnce(known: Lab) -> None:
@@ -378,6 +417,52 @@ def test_whatIsWrongIsSaidBySSH(known: Lab, change: dict[str, str], sentence: st
     assert "Traceback" not in alone.err + shared.err
 
 
+def openToOthers(lab: Lab) -> None:
+    """What holds the token can be read by everybody."""
+    (lab.directory / "settings.json").chmod(0o644)
+
+
+def noSettings(lab: Lab) -> None:
+    """They are gone."""
+    (lab.directory / "settings.json").unlink()
+
+
+def noHostKey(lab: Lab) -> None:
+    """It is gone."""
+    (lab.directory / "ssh_host_ed25519_key").unlink()
+
+
+def noAuthorities(lab: Lab) -> None:
+    """The file that has been named is gone."""
+    damage(lab, {"jupyterCA": "/nowhere/ca.pem"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (openToOthers, "run: chmod 600"),
+        (noSettings, "run: conchkernel config-ssh lab URL"),
+        (noHostKey, "Run: conchkernel config-ssh lab URL"),
+        (noAuthorities, "/nowhere/ca.pem"),
+    ],
+)
+def test_whatCannotBeUsedIsSaidBySSH(
+    known: Lab, spoil: Callable[[Lab], None], sentence: str
+) -> None:
+    """Also where there is nothing to be encrypted with, and by doctor."""
+    spoil(known)
+    shared = known.ssh("true")
+    assert (shared.status, shared.out) == (255, b"")
+    assert shared.err.startswith("Received disconnect from ")
+    assert sentence in shared.err
+    alone = known.ssh(*ALONE, "true")
+    assert alone.err.startswith("conchkernel proxy lab: ")
+    assert sentence in alone.err
+    told = known.conchkernel("doctor", "lab")
+    assert told.text.splitlines()[-1].startswith("NO ")
+    assert sentence.lower() in told.text.splitlines()[-1].lower()
+
+
 def damage(lab: Lab, change: dict[str, str]) -> None:
     """Change what is kept of a server."""
     path = lab.directory / "settings.json"
@@ -417,8 +502,7 @@ def test_removed(known: Lab) -> None:
     assert b"Include" in known.config.read_bytes()
     told = known.run(["ssh", "-F", str(known.config), "-G", "other"])
     assert "conchkernel.cli" in told.text
-    for worker in known.workers():
-        worker.terminate()
+    # The shared connection, which nobody used, has ended too.
     until(known.is_clean, "kernel and processes are gone")
     gone = known.run(
         [str(CONCHKERNEL), "config-ssh", "other", "--remove", "--yes", "--state-dir",
@@ -427,6 +511,46 @@ def test_removed(known: Lab) -> None:
     assert gone.status == 0, gone.err
     assert not known.config.exists()
     known.config.touch()
+
+
+def test_anotherURL(known: Lab) -> None:
+    """Whoever comes after ``config-ssh`` is on the new server, though connections to the old one
+    are shared; who was there before stays to the end. What was not said again is as it was."""
+    other = start_jupyter("current")
+    try:
+        with known.started("echo here; read word; echo $word") as before:
+            read_until(before.stdout, b"here\n")
+            done = known.configure(other.pasted, "--kernel-name=python3")
+            assert done.status == 0, done.err
+            assert known.ssh("pwd") == (0, f"{other.root_dir}\n".encode(), "")
+            assert before.stdin is not None
+            before.stdin.write(b"still\n")
+            read_until(before.stdout, b"still\n")
+            assert before.wait(PATIENCE) == 0
+        until(lambda: not known.kernels(), "the old kernel is gone")
+        again = [str(CONCHKERNEL), "config-ssh", "lab", "-", "--yes", "--state-dir",
+                 str(known.state), "--ssh-config", str(known.config)]  # fmt: skip
+        given = known.jupyter.pasted.encode()
+        assert known.run(again, given=given).status == 0
+        kept = json.loads((known.directory / "settings.json").read_text())
+        times = (kept["linger"], kept["orphanTimeout"])
+        assert (kept["kernelName"], times) == ("python3", (LINGER, ORPHAN_TIMEOUT))
+        assert known.run([*again, "--kernel-name="], given=given).status == 0
+        assert json.loads((known.directory / "settings.json").read_text())["kernelName"] is None
+        until(known.is_clean, "kernel and processes are gone")
+    finally:
+        other.stop()
+
+
+def test_byTheEnvironment(lab: Lab) -> None:
+    """The URL may come from there; without any the command says where from it can."""
+    words = ("config-ssh", "lab", "--yes")
+    nothing = lab.conchkernel(*words)
+    assert (nothing.status, nothing.err.count("\n")) == (1, 1)
+    assert "CONCHKERNEL_JUPYTER_URL" in nothing.err
+    url = {"CONCHKERNEL_JUPYTER_URL": lab.jupyter.pasted}
+    assert lab.conchkernel(*words, f"--linger={LINGER}", environment=url).status == 0
+    assert lab.ssh("echo it works") == (0, b"it works\n", "")
 
 
 def asked(lab: Lab, *answers: tuple[bytes, bytes]) -> tuple[int, bytes]:
@@ -509,9 +633,13 @@ def test_byHand(known: Lab) -> None:
     words = [str(CONCHKERNEL), "proxy", "--state-dir", str(known.state)]
     for name, sentence in (("nowhere", "no Jupyter server is called nowhere"), ("-", "a name")):
         done = known.run([*words, "--", name])
-        assert (done.status, done.out) == (255, b"")
+        assert done.status == 255
         assert sentence in done.err
         assert done.err.count("\n") == 1
+    # Nobody there, or not even descriptors: that is no error of anything's.
+    for closed in ("<&-", ">&-", "<&- >&-", "<&- >&- 2>&-", "</dev/null >/dev/null"):
+        done = known.run(["/bin/sh", "-c", f'exec "$@" lab {closed}', "sh", *words])
+        assert (done.status, done.err) == (0, "")
     master, slave = os.openpty()
     typed = subprocess.run(
         [*words, "lab"], stdin=slave, capture_output=True, timeout=PATIENCE, check=False
@@ -582,6 +710,22 @@ def test_doctorWhereSomethingElseAnswers(known: Lab) -> None:
             thread.join()
     assert done.text.splitlines()[-1].startswith("NO  Jupyter")
     assert "not as a Jupyter server" in done.text
+
+
+@pytest_twisted.ensureDeferred
+async def test_doctorWhereNoWebSocketPasses(known: Lab) -> None:
+    """As behind many a proxy: Jupyter answers, and no kernel can be talked to."""
+    plain = int(known.jupyter.url.rsplit(":", 1)[1].strip("/"))
+    async with withoutWebSockets(reactor, plain) as port:
+        damage(known, {"url": f"http://127.0.0.1:{port}/?token={known.jupyter.token}"})
+        told = await deferToThread(known.conchkernel, "doctor", "lab")
+        *before, last = told.text.splitlines()
+        assert all(line.startswith("ok ") for line in before)
+        assert before[-1].split()[1] == "kernels"
+        assert last.startswith("NO ")
+        assert "WebSocket" in last
+        assert told.status == 1
+        await deferToThread(until, known.is_clean, "kernel and processes are gone")
 
 
 @pytest_twisted.ensureDeferred
