@@ -88,6 +88,7 @@ CAP_FLOOR = 512 * 1024
 CAP_FLOOR_BESIDE_KEYS = 128 * 1024
 CAP_FLOOR_OF_FILES = 2 * 1024 * 1024  # they cross five processes, each with a piece in hand
 CAP_CEILING = 3 * 1024 * 1024
+SHARED_CAPS = 32 * 1024 * 1024  # of all connections together, for as long as they are few
 QUEUE_SECONDS = 0.01  # what may wait before a consumer, at the rate it takes
 SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
 JOINED = 32 * 1024  # small writes that wait are joined up to here: an object each costs fifty times
@@ -176,6 +177,12 @@ class Stream:
         """
         waiting = 0.0 if self.beside_keys else max(self._rate * QUEUE_SECONDS, self.floor)
         return int(min(max(CAP_FLOOR_BESIDE_KEYS, self._product, waiting), CAP_CEILING))
+
+    @property
+    def share(self) -> int:
+        """The most that a cap should be where each stream may have a consumer that takes nothing:
+        less the more streams there are."""
+        return max(INITIAL_CREDIT, SHARED_CAPS // max(1, len(self._endpoint.streams)))
 
     @property
     def beside_keys(self) -> bool:

@@ -31,6 +31,10 @@ class Creditor(Protocol):
     def cap(self) -> int:
         """How far ahead of the descriptor the gateway may be."""
 
+    @property
+    def share(self) -> int:
+        """The same where there are many streams, each with a descriptor that may take nothing."""
+
     def grant(self, limit: int) -> None:
         """Bytes up to this one may come."""
 
@@ -134,7 +138,8 @@ class Intake:
 
     def _took(self, count: int) -> None:
         self.consumed += count
-        self._stream.grant(self.consumed + self._stream.cap)
+        stream = self._stream
+        stream.grant(self.consumed + min(stream.cap, stream.share))
 
     def _writable(self, fd: int) -> None:
         kept = self._kept

@@ -72,6 +72,10 @@ class ProcessStream(Protocol):
         """How far ahead of the process's reading input may be sent."""
 
     @property
+    def share(self) -> int:
+        """The same where there are many streams."""
+
+    @property
     def beside_keys(self) -> bool:
         """Whether somebody types on another stream."""
 

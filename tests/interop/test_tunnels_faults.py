@@ -380,6 +380,7 @@ class Flood:
             pool.submit(self._send)
             while piece := self.connection.recv(65536):
                 self.count += len(piece)
+            self.connection.shutdown(socket.SHUT_RDWR)
         reset(self.connection)
         self.ended.set()
 
@@ -505,6 +506,7 @@ def test_many_streams_that_nobody_reads(
                 assert exchange(connection, THERE) == THERE
         assert gateway.ssh("cat", given=THERE) == (0, THERE, "")
         over.set()
-        # 32 MiB for all tunnels of a connection, or 64 KiB for each; and nothing elsewhere.
+        # In the gateway the nth has 2 MiB or 32 / n, which makes 91; in the agent all have 32.
+        most = {"gateway": 128, "agent": 64}
         for name, size in grown.items():
-            assert size < (80 if name == "gateway" else 16) << 20, grown
+            assert size < most.get(name, 16) << 20, grown
