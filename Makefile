@@ -1,10 +1,12 @@
 # Two commands: `make demo` and `make test`. Both make .venv themselves.
-# ARGS goes to the command: make demo ARGS='--port 0', make test ARGS='-k wire'.
+# ARGS goes to the command: make demo ARGS='--port 0', make test ARGS='-k wire'. The tests run in
+# JOBS processes, each with servers of its own.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+JOBS ?= 2
 
 # What decides whether the installation is still current.
 SOURCES := pyproject.toml setup.py conchkernel/_fastpty.pyx
@@ -15,7 +17,7 @@ demo: need-tools $(VENV)/.demo
 	@exec $(BIN)/conchkernel demo $(ARGS)
 
 test: need-tools $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -87,7 +87,11 @@ def test_unknownKey(path: Path) -> None:
         assert caught.type is UnauthorizedLogin
 
 
-@pytest.mark.parametrize("signature", [b"", b"x", ECDSA.sign(b"data"), ED25519.sign(b"other")])
+@pytest.mark.parametrize(
+    "signature",
+    [b"", b"x", ECDSA.sign(b"data"), ED25519.sign(b"other")],
+    ids=["none", "short", "of another key", "of other data"],
+)
 def test_badSignature(path: Path, signature: bytes) -> None:
     """A known key with anything but its own signature of this data."""
     path.write_text(line(ED25519))

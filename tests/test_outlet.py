@@ -7,7 +7,7 @@ import os
 import pytest
 
 from conchkernel.avatars import KernelAvatar
-from conchkernel.ssh.channel import MAX_DATA_BYTES
+from conchkernel.ssh.channel import AHEAD_BYTES, MAX_DATA_BYTES
 from conchkernel.testing import ClientChannel, MemoryBackend, MemoryClient, MemoryStream
 
 
@@ -88,12 +88,13 @@ def test_pauseInTheMiddleOfAFlood(rig: Rig) -> None:
 def test_creditFollowsWhenTheTransportResumes(rig: Rig) -> None:
     """What a client's adjust allows while the transport is full is granted afterwards."""
     channel, stream = rig.run(window=1000)
-    stream.put(b"x" * 5000)
+    stream.put(b"x" * (AHEAD_BYTES + 1_000_000))
     rig.client.pause()
-    rig.client.adjust(channel, 2000)
-    assert stream.sent == 1000
+    rig.client.adjust(channel, 500_000)
+    assert stream.sent == AHEAD_BYTES + 1000
     rig.client.resume()
-    assert len(channel.output) == 3000
+    assert len(channel.output) == 501_000
+    assert stream.sent == AHEAD_BYTES + 501_000
 
 
 def test_brokenChannelDoesNotStopTheOthers(rig: Rig, loggedFailures: object) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,16 +111,23 @@ def test_aLongPath(tmp_path: Path) -> None:
     assert b"not shared" in text
 
 
-def test_whatSSHMakesOfIt(tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Short enough for a socket's path, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="ck") as directory:
+        yield Path(directory)
+
+
+def test_whatSSHMakesOfIt(short_path: Path) -> None:
     """Paths with spaces arrive whole, by an Include whose directory has a space too; other hosts
     are as they were."""
-    names = tmp_path / "my state" / "names"
+    names = short_path / "my state" / "names"
     directory = names / "lab"
     directory.mkdir(parents=True)
-    text, known = sshconfig.block("lab", directory, tmp_path / "my state", PROGRAM, KEY)
+    text, known = sshconfig.block("lab", directory, short_path / "my state", PROGRAM, KEY)
     (directory / sshconfig.BLOCK_FILE).write_bytes(text)
     before = b"Port 77\nHost other\n  User bob\nHost *\n  User eve\n  ControlMaster no\n"
-    config = tmp_path / "config"
+    config = short_path / "config"
     config.write_bytes(sshconfig.withInclude(before, sshconfig.includeLine(names)))
 
     def told(host: str) -> dict[str, str]:
@@ -130,7 +139,7 @@ def test_whatSSHMakesOfIt(tmp_path: Path) -> None:
     lab = told("lab")
     assert lab["proxycommand"] == (
         "'/opt/my python/bin/python' -m conchkernel.cli proxy "
-        f"--state-dir '{tmp_path}/my state' lab"
+        f"--state-dir '{short_path}/my state' lab"
     )
     assert lab["user"] == "owner"
     assert lab["stricthostkeychecking"] == "true"
