@@ -48,8 +48,10 @@ if TYPE_CHECKING:
 HANDSHAKE_SECONDS = 15.0
 #: A ping this often, and this long for its answer.
 PING_SECONDS = 30.0
-#: One read, and what may wait to be written before we say that we are not writable: a message.
+#: What may wait to be written before we say that we are not writable: a message.
 BUFFER_BYTES = 256 * 1024
+#: One read: a message and what is around it, which else came in two parts and had to be joined.
+_READ_BYTES = 2 * BUFFER_BYTES
 #: tornado closes the connection at 10 MiB.
 MAX_REQUEST_BYTES = 9 * 1024 * 1024
 #: Requests without an answer. A gateway makes them one after another.
@@ -96,7 +98,7 @@ class KernelChannels(ShortPathWebSocket):
         reactor: Any,
         client: JupyterClient,
         session_id: str,
-        on_carrier: Callable[[bytes], None],
+        on_carrier: Callable[[memoryview], None],
         on_lost: Callable[[Exception], None],
     ) -> None:
         super().__init__()
@@ -164,7 +166,7 @@ class KernelChannels(ShortPathWebSocket):
             buffer = find(data, start, end)
             if buffer >= 0:
                 if self._onLost is not None:
-                    self._onCarrier(data[buffer:end])
+                    self._onCarrier(memoryview(data)[buffer:end])
                 return
         if not self._requests and self.on_restarted is None:
             return
@@ -207,7 +209,7 @@ class KernelChannels(ShortPathWebSocket):
         except (AttributeError, OSError):
             pass  # not TCP
         self._quickAck = _quick_ack(self.transport)
-        transport_of(self).bufferSize = BUFFER_BYTES
+        transport_of(self).bufferSize = _READ_BYTES
         self.transport.registerProducer(_Backlog(self), True)
         self._ping = self._reactor.callLater(PING_SECONDS, self._sendPing)
         self._wasOpen = True
@@ -424,12 +426,12 @@ async def connect_channels(
     client: JupyterClient,
     kernel_id: str,
     *,
-    on_carrier: Callable[[bytes], None],
+    on_carrier: Callable[[memoryview], None],
     on_lost: Callable[[Exception], None],
 ) -> KernelChannels:
     """Connect to a kernel's channels.
 
-    :param on_carrier: called at once with the buffer of each carrier.
+    :param on_carrier: called at once with the buffer of each carrier; it may be kept.
     :param on_lost: called once when the connection, once made, is gone or useless, with an error
         of ours; not after :meth:`KernelChannels.close` or :meth:`KernelChannels.abort`.
     :raises KernelRefused: if there is no such kernel.

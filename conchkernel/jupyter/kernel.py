@@ -75,7 +75,7 @@ class KernelCarrier:
 
     # --- the channels' side ------------------------------------------------------------------
 
-    def received(self, message: bytes) -> None:
+    def received(self, message: bytes | memoryview) -> None:
         """One message of the relay."""
         if message[:1] == bytes([wire.STARTED]):
             started, self._started = self._started, None

@@ -73,7 +73,7 @@ class Carrier(Protocol):
 class CarrierUser(Protocol):
     """What a carrier tells."""
 
-    def received(self, message: bytes) -> None:
+    def received(self, message: bytes | memoryview) -> None:
         """One message has come."""
 
     def lost(self, reason: Exception) -> None:
@@ -314,7 +314,7 @@ class Link:
 
     # --- what the carrier tells --------------------------------------------------------------
 
-    def received(self, message: bytes) -> None:
+    def received(self, message: bytes | memoryview) -> None:
         """One message of the carrier."""
         kind = message[0] if message else -1
         if kind == wire.BYTES:

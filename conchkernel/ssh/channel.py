@@ -330,7 +330,7 @@ class GatewayChannel(SSHChannel):
             self.conn.transport.sendPacket(message, _UINT32.pack(self.remoteId) + payload)
 
     def sendNext(self, runBytes: int = 0) -> bool:
-        """Send one packet of what waits, or several full ones that are ``runBytes`` at most.
+        """Send one packet of what waits, or several that are ``runBytes`` at most.
 
         :returns: whether another could be sent now.
         """
@@ -346,8 +346,9 @@ class GatewayChannel(SSHChannel):
         left = len(data) - offset
         full = self.remoteMaxPacket
         size = min(left, self.remoteWindowLeft, full)
-        if not kind and runBytes:
-            size = max(size, min(left, self.remoteWindowLeft, runBytes) // full * full)
+        if not kind and size == full and runBytes:
+            run = min(left, self.remoteWindowLeft, runBytes)
+            size = run if run == left else run - run % full
         piece: Data
         if size == left:
             queue.popleft()

@@ -112,11 +112,17 @@ class OutgoingPackets(SSHServerTransport):
 
         Only while :meth:`isWritable`, and :meth:`runBytes` is so much.
 
-        :param data: a whole number of pieces, none of them less than a KiB.
+        :param pieceBytes: a KiB or more; the last message may have less.
         """
         self._flush()
-        head = _pack_data(MSG_CHANNEL_DATA, recipientChannel, pieceBytes)
-        size = self._outbound.seal_run(head, data, pieceBytes, _run)
+        size = 0
+        whole = len(data) - len(data) % pieceBytes
+        view = memoryview(data)
+        for run in (view[:whole], view[whole:]):
+            if run:
+                piece = min(pieceBytes, len(run))
+                head = _pack_data(MSG_CHANNEL_DATA, recipientChannel, piece)
+                size += self._outbound.seal_run(head, run, piece, _run[size:])
         self._writer.write(_run[:size])
 
     def runBytes(self) -> int:

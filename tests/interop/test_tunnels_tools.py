@@ -37,7 +37,8 @@ def site(host: Host, tmp_path: Path) -> Iterator[int]:
     for number in range(20):
         (tmp_path / f"page-{number}").write_text(f"this is page {number}\n")
     command = quoted(sys.executable, "-u", "-m", "http.server", "-d", tmp_path, "-b", "127.0.0.1")
-    with host.started(f"exec {command} 0 2> /dev/null") as client:
+    # A command without a terminal outlives its ssh, but reads the end of its input.
+    with host.started(f"{command} 0 2> /dev/null & cat; kill $!") as client:
         said = read_until(client.stdout, b"\n").decode()
         yield int(said.split(" port ")[1].split()[0])
 
