@@ -325,7 +325,7 @@ async def test_roads(currentJupyter: RunningJupyter, tmp_path: Path) -> None:
         async with kernelOn(client) as kernel, opened(client, kernel) as (channels, carriers):
             await installEcho(channels)
             await exchange(channels, carriers)
-            assert transport_of(channels).bufferSize == module.BUFFER_BYTES
+            assert transport_of(channels).bufferSize == module.READ_BYTES
             assert transport_of(channels).getTcpNoDelay()
         assert len(proxy.heard) == 2
         await agent.close()
@@ -348,7 +348,7 @@ async def test_nodelay(currentJupyter: RunningJupyter) -> None:
         opened(client, kernel) as (channels, _),
     ):
         assert channels.transport.getTcpNoDelay()
-        assert channels.transport.bufferSize == module.BUFFER_BYTES
+        assert channels.transport.bufferSize == module.READ_BYTES
 
 
 @pytest_twisted.ensureDeferred

@@ -51,7 +51,7 @@ PING_SECONDS = 30.0
 #: What may wait to be written before we say that we are not writable: a message.
 BUFFER_BYTES = 256 * 1024
 #: One read: a message and what is around it, which else came in two parts and had to be joined.
-_READ_BYTES = 2 * BUFFER_BYTES
+READ_BYTES = 2 * BUFFER_BYTES
 #: tornado closes the connection at 10 MiB.
 MAX_REQUEST_BYTES = 9 * 1024 * 1024
 #: Requests without an answer. A gateway makes them one after another.
@@ -209,7 +209,7 @@ class KernelChannels(ShortPathWebSocket):
         except (AttributeError, OSError):
             pass  # not TCP
         self._quickAck = _quick_ack(self.transport)
-        transport_of(self).bufferSize = _READ_BYTES
+        transport_of(self).bufferSize = READ_BYTES
         self.transport.registerProducer(_Backlog(self), True)
         self._ping = self._reactor.callLater(PING_SECONDS, self._sendPing)
         self._wasOpen = True
