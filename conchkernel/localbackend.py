@@ -53,9 +53,9 @@ else:
 
 #: As much output is read ahead of what the client's TCP takes. There is no road to keep full, and
 #: what is still in the processor's cache when it is encrypted costs less.
-CREDIT_CAP_BYTES = 512 * 1024
+CREDIT_CAP_BYTES = 1024 * 1024
 #: One read of output: packets of 32 KiB, and no rest.
-BATCH = 256 * 1024
+BATCH = 512 * 1024
 
 _KINDS: dict[str, Callable[..., Any]] = {
     "process": Process,

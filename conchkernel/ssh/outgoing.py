@@ -39,7 +39,7 @@ _MAXIMUM_CORKED_BYTES = 128 * 1024
 _MAXIMUM_UNTAKEN_BYTES = 512 * 1024
 
 #: Data that is sealed, and written, in one go.
-_MAXIMUM_RUN_BYTES = 256 * 1024
+_MAXIMUM_RUN_BYTES = 512 * 1024
 # Its packets, with at most 64 bytes of their own each. One for all connections: what is written
 # here has left, or was copied, when a call returns.
 _run = memoryview(bytearray(_MAXIMUM_RUN_BYTES + _MAXIMUM_RUN_BYTES // 1024 * 64))
