@@ -7,6 +7,7 @@ who use it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,8 @@ URL_VARIABLE = "CONCHKERNEL_JUPYTER_URL"
 _SETTINGS = "settings.json"
 #: One word to ssh, to a shell and in a path; no dot, lest it be some host's real name.
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?")
+#: A directory is removed so often, while those who end take and leave files in it.
+_REMOVALS = 100
 #: What is nobody's to take.
 _RESERVED = {"localhost"}
 
@@ -113,14 +116,18 @@ class Name:
 
         :raises ConfigurationError: if something stays.
         """
-        try:
-            shutil.rmtree(self.directory)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self.directory} cannot be removed: {error.strerror}"
-            ) from None
+        reason = ""
+        for _ in range(_REMOVALS):
+            try:
+                shutil.rmtree(self.directory)
+                return
+            except OSError as error:
+                if error.errno == errno.ENOENT and not os.path.lexists(self.directory):
+                    return
+                reason = str(error.strerror)
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    break
+        raise ConfigurationError(f"{self.directory} cannot be removed: {reason}")
 
 
 def named(text: str, stateDir: Path) -> Name:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import stat
 from typing import TYPE_CHECKING
 
@@ -47,6 +50,28 @@ def test_kept(tmp_path: Path) -> None:
     name.forget()
     name.forget()
     assert not name.directory.exists()
+
+
+def test_removedWhileOthersEnd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that come and go there meanwhile do not keep it; what cannot be removed is said."""
+    name = named("lab", tmp_path)
+    name.save(SETTINGS)
+    problems = [errno.ENOTEMPTY, errno.ENOENT]
+    remove = shutil.rmtree
+
+    def meddled(path: Path) -> None:
+        if problems:
+            raise OSError(problems[0], os.strerror(problems.pop(0)))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", meddled)
+    name.forget()
+    assert not name.directory.exists()
+    name.save(SETTINGS)
+    for kept in ([errno.ENOTEMPTY] * 1000, [errno.EACCES]):
+        problems = kept
+        with pytest.raises(ConfigurationError, match=os.strerror(kept[0])):
+            name.forget()
 
 
 def test_whatIsNotThere(tmp_path: Path) -> None:
