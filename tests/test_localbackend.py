@@ -83,14 +83,16 @@ async def test_theGatewayStaysWhereItIs(link: Any, tmp_path: Path, pty: Any) -> 
 
 @pytest_twisted.ensureDeferred
 async def test_nothingStaysOpen(link: Any) -> None:
-    """Fifty programs later there are as many descriptors as before, and nobody is waited for."""
+    """Fifty programs later there are no more descriptors than before, and nobody is waited for."""
     await run(link, b"true")
+    gc.collect()
     before = len(os.listdir("/dev/fd"))
     for number in range(25):
         assert (await run(link, b"exit %d" % number)).exit == ExitStatus(number)
         assert (await run(link, b"exit %d" % number, TERMINAL)).exit == ExitStatus(number)
     gc.collect()
-    assert len(os.listdir("/dev/fd")) == before
+    # What earlier tests have left may go meanwhile.
+    assert len(os.listdir("/dev/fd")) <= before
     assert not reapProcessHandlers
 
 
