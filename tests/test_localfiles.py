@@ -294,7 +294,7 @@ async def test_closeLeavesNothingOpen(tmp_path: Path) -> None:
         await store.open(at(store, b"file"), R, NONE)
         await store.listDirectory(store.home)
     await store.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert not store.opened
 
 

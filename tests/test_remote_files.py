@@ -173,7 +173,7 @@ def converse(tmp_path):
     for conversation in made:
         conversation.end()
     assert FileService.running == running
-    assert set(os.listdir("/proc/self/fd")) == descriptors
+    assert set(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_numbers_of_problems_are_the_stores():
@@ -765,4 +765,4 @@ def test_a_walk_leaves_no_descriptor(tmp_path):
             jail.at(path, True)
         assert caught.value.errno == number
     jail.close()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
