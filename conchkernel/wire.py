@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 # Kinds of messages (wire.md section 2).
-BYTES, ATTACH, ATTACHED, START, STARTED, LOST = range(6)
+BYTES, ATTACH, ATTACHED, START, STARTED, LOST, HANDOVER, CLAIM, TAKEN = range(9)
 
 # Types of frames (wire.md section 5).
 OPEN, OPENED, REFUSED, DATA, CREDIT, EOF, EXIT, CLOSE, RESIZE, SIGNAL, BREAK, STOP = range(1, 13)

@@ -264,12 +264,13 @@ def test_a_session_that_cannot_go_on_begins_anew(backend):
 
 _ACCEPT_FAILS_ONCE = """
 module = sys.modules["conchkernel.remote.agent"]
-answers = [None, OSError("the peer has gone"), None, None]
-def peer_uid(connection):
+answers = [True, OSError("the peer has gone"), True, True]
+def same_account(connection):
     answer = answers.pop(0)
-    if answer is not None:
+    if answer is not True:
         raise answer
-module._peer_uid = peer_uid
+    return answer
+module.same_account = same_account
 """
 
 

@@ -124,25 +124,28 @@ def test_hostileTables(table: tuple[int, ...]) -> None:
         framing.unpack(struct.pack("<8Q", *table) + b"control")
 
 
-@given(st.binary(max_size=100), st.binary(max_size=20), st.binary(max_size=20))
-def test_carriers(payload: bytes, before: bytes, after: bytes) -> None:
+CHANNELS = st.sampled_from(framing.CARRIER_CHANNELS)
+
+
+@given(CHANNELS, st.binary(max_size=100), st.binary(max_size=20), st.binary(max_size=20))
+def test_carriers(channel: bytes, payload: bytes, before: bytes, after: bytes) -> None:
     """A carrier is found where it lies between other bytes, and read by the server as it was
     meant."""
-    prefix = framing.carrier_prefix(HEADER, len(payload))
+    prefix = framing.carrier_prefix(channel, HEADER, len(payload))
     packed = prefix + payload
     data = before + packed + after
     end = len(before) + len(packed)
     start = framing.find_carrier(data, len(before), end)
     assert data[start:end] == payload
     assert framing.unpack(packed) == Message(
-        "control", HEADER, b"{}", b"{}", b"{}", (payload,)
+        channel.decode(), HEADER, b"{}", b"{}", b"{}", (payload,)
     )
     for wrong in range(len(before), end):
         assert framing.find_carrier(data, len(before), wrong) == -1
 
 
-@given(st.binary(max_size=100), st.binary(max_size=20))
-def test_legacyCarriers(payload: bytes, before: bytes) -> None:
+@given(CHANNELS, st.binary(max_size=100), st.binary(max_size=20))
+def test_legacyCarriers(channel: bytes, payload: bytes, before: bytes) -> None:
     """The same in the legacy framing, as a server writes it and as we do."""
     told = {
         "header": json.loads(HEADER),
@@ -152,9 +155,9 @@ def test_legacyCarriers(payload: bytes, before: bytes) -> None:
         "metadata": {},
         "content": {},
         "buffers": [payload],
-        "channel": "control",
+        "channel": channel.decode(),
     }
-    ours = framing.carrier_prefix_legacy(HEADER) + payload
+    ours = framing.carrier_prefix_legacy(channel, HEADER) + payload
     assert server.deserialize_binary_message(ours)["buffers"] == [payload]
     for packed in (server.serialize_binary_message(told), ours):
         data = before + packed

@@ -125,6 +125,8 @@ class KernelChannels(ShortPathWebSocket):
             f'"date":"{_now()}","version":"{_PROTOCOL_VERSION}"}}'
         ).encode("ascii")
         self._headerStart = f'{{"msg_id":"{self._nonce}-'.encode("ascii")
+        self.carrierChannel = b"control"
+        """The channel that carriers are sent over; they are taken from either."""
         self.writable = True
         """Whether what was sent has left for the network; no reason to refuse, one to wait."""
         self.on_paused: Callable[[], None] | None = None
@@ -154,9 +156,9 @@ class KernelChannels(ShortPathWebSocket):
         header = b"%b%d%b" % (self._headerStart, self._count, self._headerEnd)
         size = sum(map(len, parts))
         if self._legacy:
-            prefix = framing.carrier_prefix_legacy(header)
+            prefix = framing.carrier_prefix_legacy(self.carrierChannel, header)
         else:
-            prefix = framing.carrier_prefix(header, size)
+            prefix = framing.carrier_prefix(self.carrierChannel, header, size)
         self.sendParts((prefix, *parts))
 
     def messageReceived(self, data: bytes, start: int, end: int, isBinary: bool) -> None:

@@ -22,8 +22,8 @@ from conchkernel.errors import ConchKernelError
 V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
 #: The type of carrier messages, known to the relay.
 CARRIER_TYPE = "conchkernel"
-#: The channel they go over.
-CARRIER_CHANNEL = "control"
+#: The channels they go over: to the relay in the kernel, and to the agent itself.
+CARRIER_CHANNELS = (b"control", b"stdin")
 #: A message has four JSON parts and perhaps buffers; ours one, widgets a few, nothing thousands.
 MAX_PARTS = 1024
 
@@ -35,9 +35,11 @@ _uint32be = struct.Struct(">L")
 # v1 of a carrier: count, offsets (channel, header, parent, metadata, content, buffer, end).
 _CARRIER_OFFSETS = 7
 _carrier = struct.Struct("<8Q")
-_CHANNEL = CARRIER_CHANNEL.encode("ascii")
 _EMPTY = b"{}{}{}"  # parent, metadata, content
-_HEADER_START = _carrier.size + len(_CHANNEL)
+#: Where a carrier's header begins -> the channel that its place tells.
+_HEADER_STARTS = {_carrier.size + len(channel): channel for channel in CARRIER_CHANNELS}
+_SHORTEST = min(_HEADER_STARTS)
+
 
 def _spelled(name: str, value: str) -> tuple[bytes, bytes]:
     """A member of an object in the two ways in which JSON writers space it.
@@ -51,7 +53,11 @@ _MARKS = _spelled("msg_type", f'"{CARRIER_TYPE}"')
 #: The legacy framing has all of a message in one object; what could hold objects is empty.
 _LEGACY_MARKS = (
     _MARKS,
-    _spelled("channel", f'"{CARRIER_CHANNEL}"'),
+    tuple(
+        mark
+        for channel in CARRIER_CHANNELS
+        for mark in _spelled("channel", f'"{channel.decode()}"')
+    ),
     _spelled("parent_header", "{}"),
     _spelled("metadata", "{}"),
     _spelled("content", "{}"),
@@ -194,32 +200,33 @@ def read_json(data: bytes) -> dict[str, Any]:
 # --- carriers ----------------------------------------------------------------------------------
 
 
-def carrier_prefix(header: bytes, size: int) -> bytes:
+def carrier_prefix(channel: bytes, header: bytes, size: int) -> bytes:
     """What stands before the ``size`` bytes of a carrier's buffer, in the v1 framing."""
-    parent = _HEADER_START + len(header)
+    start = _carrier.size + len(channel)
+    parent = start + len(header)
     return b"".join(
         [
             _carrier.pack(
                 _CARRIER_OFFSETS,
                 _carrier.size,
-                _HEADER_START,
+                start,
                 parent,
                 parent + 2,
                 parent + 4,
                 parent + 6,
                 parent + 6 + size,
             ),
-            _CHANNEL,
+            channel,
             header,
             _EMPTY,
         ]
     )
 
 
-def carrier_prefix_legacy(header: bytes) -> bytes:
+def carrier_prefix_legacy(channel: bytes, header: bytes) -> bytes:
     """The same in the legacy framing, which tells no size."""
     text = b'{"channel":"%s","header":%s,"parent_header":{},"metadata":{},"content":{}}' % (
-        _CHANNEL,
+        channel,
         header,
     )
     return struct.pack(">3L", 2, 12, 12 + len(text)) + text
@@ -230,17 +237,17 @@ def find_carrier(data: bytes, start: int, end: int) -> int:
 
     :returns: an index into ``data``; the buffer ends at ``end``. ``-1`` if it is another message.
     """
-    if end - start < _HEADER_START:
+    if end - start < _SHORTEST:
         return -1
     count, channel, header, parent, _, content, buffer, last = _carrier.unpack_from(data, start)
     if (
         count != _CARRIER_OFFSETS
         or channel != _carrier.size
-        or header != _HEADER_START
+        or header not in _HEADER_STARTS
         or not header <= parent <= header + _MAX_CARRIER_JSON
         or not parent <= content <= buffer <= last
         or last != end - start
-        or data[start + channel : start + header] != _CHANNEL
+        or data[start + channel : start + header] != _HEADER_STARTS[header]
     ):
         return -1
     for mark in _MARKS:

@@ -40,6 +40,9 @@ _AGENT_MODULES = (
     ("conchkernel.remote.directory", "conchkernel.remote", "directory.py"),
     ("conchkernel.remote.fileops", "conchkernel.remote", "fileops.py"),
     ("conchkernel.remote.files", "conchkernel.remote", "files.py"),
+    ("conchkernel.remote.zmtp", "conchkernel.remote", "zmtp.py"),
+    ("conchkernel.remote.carriers", "conchkernel.remote", "carriers.py"),
+    ("conchkernel.remote.stdinport", "conchkernel.remote", "stdinport.py"),
     ("conchkernel.remote.agent", "conchkernel.remote", "agent.py"),
 )
 
@@ -81,6 +84,8 @@ def install(packed, version):
     if relay is None or not relay.installed or relay.version != version:
         fresh = types.ModuleType(name)
         fresh.relay = relay
+        fresh.handover = types.ModuleType(name + "_handover")
+        exec(compile(sources.pop("handover"), name, "exec"), fresh.handover.__dict__)
         exec(compile(sources.pop("relay"), name, "exec"), fresh.__dict__)
         sys.modules[name] = fresh
         fresh.install(sources, version)
@@ -98,11 +103,17 @@ def agent_sources() -> dict[str, Any]:
     return {"boot": _BOOT, "modules": modules}
 
 
+def _everything() -> dict[str, Any]:
+    in_the_kernel = {
+        name: _source("conchkernel.remote", f"{name}.py") for name in ("relay", "handover")
+    }
+    return {**in_the_kernel, **agent_sources()}
+
+
 @functools.cache
 def version() -> str:
     """The version of the sources."""
-    everything = {"relay": _source("conchkernel.remote", "relay.py"), **agent_sources()}
-    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_everything()).encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -111,8 +122,7 @@ def injection() -> dict[str, Any]:
 
     It leaves no name behind and is idempotent; a relay of another version is replaced.
     """
-    everything = {"relay": _source("conchkernel.remote", "relay.py"), **agent_sources()}
-    packed = base64.b85encode(zlib.compress(json.dumps(everything).encode(), 9)).decode()
+    packed = base64.b85encode(zlib.compress(json.dumps(_everything()).encode(), 9)).decode()
     code = (
         f"(lambda scope: (exec({_INSTALL!r}, scope), scope['install']({packed!r}, {version()!r})))"
         f"({{'__name__': {_RELAY!r}}}) and None"

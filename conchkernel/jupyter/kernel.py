@@ -152,6 +152,8 @@ class KernelCarrier:
             self._started = None
         if "error" in answer:
             raise KernelUnsupported(str(answer["error"])[:300])
+        if answer.get("direct"):
+            channels.carrierChannel = b"stdin"
         # From here on a kernel that begins is not the one that holds the relay.
         channels.on_restarted = self._restarted
         self._keepAlive.clock = reactor
@@ -202,6 +204,7 @@ class KernelRoad:
         self._creation = creation
         self._start = {
             "id": agentId,
+            "direct": True,
             "secret": secret,
             "options": {"orphan_timeout": orphanTimeout},
         }

@@ -14,7 +14,6 @@ import selectors
 import signal
 import socket
 import stat
-import struct
 import sys
 import time
 from collections import deque
@@ -22,7 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 from conchkernel import wire
-from conchkernel.remote import listening, pump
+from conchkernel.remote import listening, pump, stdinport
+from conchkernel.remote.carriers import Carrier, RelayCarrier, same_account
 from conchkernel.remote.door import Door
 from conchkernel.remote.files import FileService
 from conchkernel.remote.pool import Pool
@@ -34,10 +34,6 @@ MAX_SESSIONS = 64
 MAX_CARRIERS = 128
 #: One read of output: with its headers it fills one message.
 BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
-_LENGTH = struct.Struct(">I")
-_RECEIVE = 1024 * 1024
-#: A carrier that takes nothing holds back at most one message; the rest waits in the session.
-_SEND_BUFFER = 512 * 1024
 #: What an OPEN may ask for.
 _KINDS: dict[Any, Callable[..., Any]] = {
     "process": Process,
@@ -65,6 +61,7 @@ class Agent:
         self._processes: dict[int, Process] = {}
         self.sessions: dict[str, Session] = {}
         self.carriers: set[Carrier] = set()
+        self.ports: dict[int, stdinport.StdinPort] = {}
         self._secret = secret.encode()
         self._listener = listener
         self._selector = selectors.DefaultSelector()
@@ -227,12 +224,16 @@ class Agent:
             return
         connection = accepted[0]
         try:
-            if _peer_uid(connection) in (None, os.getuid()) and len(self.carriers) < MAX_CARRIERS:
-                self.carriers.add(Carrier(self, connection))
+            if same_account(connection) and len(self.carriers) < MAX_CARRIERS:
+                RelayCarrier(self, connection)
                 return
         except OSError:
             pass  # its peer has gone already (macOS)
         connection.close()
+
+    def asked(self, carrier: RelayCarrier, kind: int, request: dict[str, Any]) -> None:
+        """A relay asks for something that is no session's."""
+        (stdinport.hand_over if kind == wire.HANDOVER else stdinport.claim)(self, carrier, request)
 
     def attach(self, carrier: Carrier, request: dict[str, Any]) -> None:
         """Answer an ATTACH."""
@@ -393,146 +394,6 @@ class Session:
         answer = b'{"sessions": %d}' % (len(self._agent.sessions) - 1)
         self.endpoint.control(wire.FAREWELL, 0, answer)
         self._farewell = True
-
-
-class Carrier:
-    """One connection of a relay: messages with a length before them."""
-
-    def __init__(self, agent: Agent, connection: socket.socket) -> None:
-        self.session: Session | None = None
-        self._agent = agent
-        self._socket = connection
-        self._socket.setblocking(False)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        self._buffer = bytearray(_RECEIVE)
-        self._filled = 0
-        self._unsent: deque[memoryview] = deque()
-        self._closed = False
-        agent.watch_read(connection.fileno(), self._readable)
-
-    @property
-    def clear(self) -> bool:
-        """Nothing waits for the socket."""
-        return not self._unsent
-
-    def send(self, parts: list[Any]) -> None:
-        """Send one message, given in parts."""
-        if self._closed:
-            return
-        parts = [_LENGTH.pack(sum(map(len, parts))), *parts]
-        if not self._unsent:
-            try:
-                sent = self._socket.sendmsg(parts)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                self.lost()
-                return
-            for part in parts:
-                if sent >= len(part):
-                    sent -= len(part)
-                else:
-                    self._unsent.append(memoryview(part)[sent:])
-                    sent = 0
-            if self._unsent:
-                self._agent.watch_write(self._socket.fileno(), self._writable)
-        else:
-            self._unsent.extend(memoryview(part) for part in parts)
-
-    def _writable(self, fd: int) -> None:
-        unsent = self._unsent
-        try:
-            while unsent:
-                sent = self._socket.send(unsent[0])
-                if sent < len(unsent[0]):
-                    unsent[0] = unsent[0][sent:]
-                    return
-                unsent.popleft()
-        except BlockingIOError:
-            return
-        except OSError:
-            self.lost()
-            return
-        self._agent.unwatch_write(fd)
-        if self.session is not None:
-            self._agent.settle(self.session)
-
-    def _readable(self, fd: int) -> None:
-        try:
-            count = self._socket.recv_into(memoryview(self._buffer)[self._filled :])
-        except BlockingIOError:
-            return
-        except OSError:
-            count = 0
-        if not count:
-            self.lost()
-            return
-        self._filled += count
-        view = memoryview(self._buffer)[: self._filled]
-        position = 0
-        while self._filled - position >= 4 and not self._closed:
-            (length,) = _LENGTH.unpack_from(view, position)
-            if not 0 < length <= wire.MAX_MESSAGE:
-                self.lost()
-                return
-            end = position + 4 + length
-            if end > self._filled:
-                break
-            self._message(view[position + 4 : end])
-            position = end
-        if position and not self._closed:
-            rest = self._filled - position
-            self._buffer[:rest] = self._buffer[position : self._filled]
-            self._filled = rest
-
-    def _message(self, message: memoryview) -> None:
-        if self.session is not None:
-            self.session.received(message)
-        elif message[0] == wire.ATTACH:
-            try:
-                request = wire.body_of(message)
-            except wire.WireViolation:
-                self.lost()
-            else:
-                self._agent.attach(self, request)
-        else:
-            self.lost()
-
-    def refuse(self, sentence: str) -> None:
-        """Answer an ATTACH with a sentence and hang up."""
-        self.send([wire.message_of(wire.ATTACHED, {"error": sentence})])
-        self.close()
-
-    def failed(self) -> None:
-        """A defect of ours: the session goes on over another carrier, from what was received."""
-        self.lost()
-
-    def lost(self) -> None:
-        """The socket is gone."""
-        session, self.session = self.session, None
-        if session is not None:
-            session.detach()
-        self.close()
-
-    def close(self) -> None:
-        """Close the socket. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        fd = self._socket.fileno()
-        self._agent.unwatch_read(fd)
-        self._agent.unwatch_write(fd)
-        self._agent.carriers.discard(self)
-        self._socket.close()
-
-
-def _peer_uid(connection: socket.socket) -> int | None:
-    """The account at the other end; ``None`` where the system does not tell (the directory is
-    private in any case)."""
-    if hasattr(socket, "SO_PEERCRED"):
-        data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int(struct.unpack("iII", data)[1])
-    return None
 
 
 def private_directory(path: str) -> None:

@@ -51,11 +51,15 @@ class Relay:
     :param kernel: the ipykernel ``Kernel``.
     :param sources: what an agent is started with: ``boot`` (code) and ``modules``.
     :param version: of the sources; a relay of another version replaces this one.
+    :param handover: of the kernel's stdin channel, where that can be.
     :ivar installed: whether it stands before the dispatcher.
     """
 
-    def __init__(self, kernel: Any, sources: dict[str, Any], version: str) -> None:
+    def __init__(
+        self, kernel: Any, sources: dict[str, Any], version: str, handover: Any = None
+    ) -> None:
         self.version = version
+        self.handover = handover
         self.installed = False
         self._zmq: Any = importlib.import_module("zmq")  # the kernel's own
         self._kernel = kernel
@@ -88,6 +92,8 @@ class Relay:
         if not self.installed:
             return
         self.installed = False
+        if self.handover is not None:
+            self.handover.leave()
         self._stream.on_recv(self._original, copy=self._copy)
         for client in list(self._clients.values()):
             client.close()
@@ -170,26 +176,32 @@ class Relay:
     def _start(self, identity: bytes, request: dict[str, Any]) -> None:
         """Find the agent or start one (in a thread of its own: it takes 50 ms and more)."""
         connection = None
-        started = False
-        error = ""
+        answer: dict[str, Any] = {"started": False}
         try:
             path = _socket_path(str(request["id"]))
             connection = _connect(path)
             if connection is None:
                 self._spawn(path, request)
-                started = True
+                answer["started"] = True
                 connection = _connect(path)
                 if connection is None:
-                    error = "the agent started but does not answer"
+                    answer = {"error": "the agent started but does not answer"}
+            if connection is not None and request.get("direct") and self.handover is not None:
+                claim = self.handover.connection(lambda: _connect(path), identity)
+                answer["direct"] = claim is not None
+                if claim is not None:
+                    connection.close()
+                    connection = claim
         except Exception as problem:
-            error = f"the agent could not be started: {problem}"
-        self._loop.add_callback(self._started, identity, connection, started, error)
+            answer = {"error": f"the agent could not be started: {problem}"}
+        self._loop.add_callback(self._started, identity, connection, answer)
 
     def _started(
-        self, identity: bytes, connection: socket.socket | None, started: bool, error: str
+        self, identity: bytes, connection: socket.socket | None, answer: dict[str, Any]
     ) -> None:
-        if connection is None:
-            answer: dict[str, Any] = {"error": error}
+        if connection is None or "error" in answer:
+            if connection is not None:
+                connection.close()
         elif identity not in self._clients and len(self._clients) >= MAX_CLIENTS:
             connection.close()
             answer = {"error": "the relay serves too many gateways"}
@@ -197,8 +209,8 @@ class Relay:
             former = self._clients.get(identity)
             if former is not None:
                 former.close()
-            self._clients[identity] = _Client(self, self._loop, identity, connection)
-            answer = {"started": started}
+            direct = answer.get("direct", False)
+            self._clients[identity] = _Client(self, self._loop, identity, connection, direct)
         self.tell(identity, bytes([STARTED]) + json.dumps(answer).encode())
         self.told()
 
@@ -240,16 +252,21 @@ class Relay:
         """The agent's end of a client's socket has closed."""
         if self._clients.get(identity) is client:
             del self._clients[identity]
-            self.tell(identity, bytes([LOST]))
-            self.told()
+            if not client.told:
+                self.tell(identity, bytes([LOST]))
+                self.told()
 
 
 class _Client:
-    """One client of the control channel: its socket to the agent."""
+    """One client of the control channel: its socket to the agent.
+
+    :param direct: it stands for the connection by which the agent hears from the client itself.
+    """
 
     def __init__(
-        self, relay: Relay, loop: Any, identity: bytes, connection: socket.socket
+        self, relay: Relay, loop: Any, identity: bytes, connection: socket.socket, direct: bool
     ) -> None:
+        self._direct = direct
         self._relay = relay
         self._loop = loop
         self._identity = identity
@@ -259,6 +276,7 @@ class _Client:
         self._unsent: deque[memoryview] = deque()
         self._unsent_bytes = 0
         self._closed = False
+        self.told = False
         connection.setblocking(False)
         loop.add_handler(connection, self._event, loop.READ)
 
@@ -334,7 +352,10 @@ class _Client:
             end = position + 4 + length
             if end > self._filled:
                 break
-            self._relay.tell(self._identity, view[position + 4 : end])
+            if self._direct:
+                self.told = True  # by the agent, that this is the end
+            else:
+                self._relay.tell(self._identity, view[position + 4 : end])
             position = end
         if position:
             rest = self._filled - position
@@ -432,7 +453,10 @@ def install(sources: dict[str, Any], version: str) -> None:
     former = getattr(module, "relay", None)
     if former is not None and former.installed and former.version == version:
         return
-    relay = Relay(kernel, sources, version)
+    main = importlib.import_module("tornado.ioloop").IOLoop.current()
+    relay = Relay(kernel, sources, version, module.handover.Handover(kernel, main))
+    if former is not None and getattr(former, "handover", None) is not None:
+        former.handover.end()
     _keep_large_buffers()
     done = threading.Event()
     problem: list[Exception] = []

@@ -1,0 +1,207 @@
+"""The kernel's side of :mod:`conchkernel.remote.stdinport`: the stdin channel's port is lent out.
+
+ipykernel gets another socket for the channel, at another port of the same host, and the agent leads
+everybody's connection through to that, so that ``input()`` works as ever. When the agent is gone,
+it gets one at the old port again. Whoever was connected connects again by itself, as ZeroMQ does; a
+socket that only left its port (``unbind``) would keep its connections open, and deaf.
+
+Standard library only, any Python from 3.8; runs in the kernel, beside the relay.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from typing import Any
+
+HANDOVER, CLAIM, TAKEN = 6, 7, 8
+#: The kernel's main thread may compute; then its socket stays where it is.
+_MAIN_SECONDS = 2.0
+#: ZeroMQ connects again after 100 ms; who has not by then will not.
+_CLAIM_SECONDS = 1.0
+_AGAIN_SECONDS = 1.0
+_TRIES, _TRY_SECONDS = 100, 0.01
+_LENGTH = struct.Struct(">I")
+
+
+class Handover:
+    """The stdin channel of one kernel. Made, like :meth:`end`, in the kernel's main thread.
+
+    :param main: the main thread's loop: the socket is used by that thread alone.
+    """
+
+    def __init__(self, kernel: Any, main: Any) -> None:
+        self._kernel = kernel
+        self._zmq: Any = importlib.import_module("zmq")  # the kernel's own
+        self._main = main
+        self._lock = threading.Lock()
+        self._outer = ""
+        #: Where the channel is instead; 0 while it is where it belongs.
+        self._inner = 0
+        #: To the agent; it listens for as long as this stands.
+        self._door: socket.socket | None = None
+        self._left = threading.Event()
+
+    def connection(self, connect: Any, identity: bytes) -> socket.socket | None:
+        """Have the agent take a client's messages from the server itself. Not on any loop.
+
+        :param connect: gives a new connection to the agent.
+        :param identity: of the client, which is the same on all channels.
+        :returns: what stands for the client's connection; ``None`` if it cannot be done.
+        """
+        with self._lock:
+            if self._door is None and not self._lend(connect):
+                return None
+        claim: socket.socket | None = connect()
+        if claim is not None:
+            request = {"port": _port(self._outer)[1], "identity": identity.hex()}
+            if _ask(claim, CLAIM, request, _CLAIM_SECONDS):
+                claim.settimeout(None)
+                return claim
+            claim.close()
+        return None
+
+    def _lend(self, connect: Any) -> bool:
+        door = connect()
+        if door is None:
+            return False
+        moved = threading.Event()
+        self._main.add_callback(self._move, moved)
+        if moved.wait(_MAIN_SECONDS) and self._inner:
+            host, port = _port(self._outer)
+            request = {
+                "pid": os.getpid(),
+                "host": host,
+                "port": port,
+                "inner": self._inner,
+                "key": self._kernel.session.key.hex(),
+                "digest": self._kernel.session.signature_scheme.partition("-")[2],
+            }
+            if _take_over(door, request):
+                door.settimeout(None)
+                self._left.clear()
+                self._door = door
+                threading.Thread(target=self._watch, args=(door,), daemon=True).start()
+                return True
+        door.close()
+        self._main.add_callback(self._restore)
+        return False
+
+    def _watch(self, door: socket.socket) -> None:
+        try:
+            while door.recv(64):
+                pass
+        except OSError:
+            pass
+        self._door = None
+        door.close()
+        self._left.set()
+        self._main.add_callback(self._restore)
+
+    def leave(self) -> bool:
+        """Ask the agent for the port, if it has it; on any thread. It comes back by itself."""
+        door = self._door
+        try:
+            if door is not None:
+                door.shutdown(socket.SHUT_WR)  # the agent leaves the port, and then hangs up
+        except OSError:
+            pass  # it has just done so
+        return door is not None
+
+    # --- in the main thread ------------------------------------------------------------------
+
+    def _move(self, moved: threading.Event) -> None:
+        """Leave the port, where the channel is one that the agent can stand in for."""
+        channel: Any = getattr(self._kernel, "stdin_socket", None)
+        try:
+            endpoint = channel.getsockopt(self._zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+            if (
+                not self._inner
+                and endpoint.startswith("tcp://")
+                and channel.getsockopt(self._zmq.MECHANISM) == self._zmq.NULL
+            ):
+                inner = self._replace("tcp://127.0.0.1:*")
+                self._outer, self._inner = endpoint, _port(inner)[1]
+        except Exception:
+            self._kernel.log.debug("conchkernel: the stdin channel stays", exc_info=True)
+        moved.set()
+
+    def _restore(self) -> None:
+        """Listen where the kernel's server looks for it. Idempotent."""
+        if not self._inner or self._door is not None:
+            return
+        try:
+            self._replace(self._outer)
+        except self._zmq.ZMQError:
+            # Somebody has the port still, or was quick to take it.
+            self._kernel.log.debug("conchkernel: the stdin channel", exc_info=True)
+            self._main.call_later(_AGAIN_SECONDS, self._restore)
+        else:
+            self._inner = 0
+
+    def _replace(self, endpoint: str) -> str:
+        """Give the kernel another socket, bound to ``endpoint``; gives what that has become."""
+        former = self._kernel.stdin_socket
+        fresh = former.context.socket(self._zmq.ROUTER)
+        try:
+            fresh.linger = former.linger
+            fresh.setsockopt(self._zmq.ROUTER_HANDOVER, 1)  # as ipykernel has it
+            fresh.bind(endpoint)
+        except BaseException:
+            fresh.close(0)
+            raise
+        owners: list[Any] = [self._kernel, getattr(self._kernel, "parent", None)]
+        for owner in owners:
+            if getattr(owner, "stdin_socket", None) is former:
+                owner.stdin_socket = fresh
+        former.close()
+        return str(fresh.getsockopt(self._zmq.LAST_ENDPOINT).rstrip(b"\0").decode())
+
+    def end(self) -> None:
+        """Take the port back from the agent, and wait for it."""
+        if self.leave():
+            self._left.wait(_MAIN_SECONDS)
+        self._restore()
+
+
+def _port(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.partition("://")[2].rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _take_over(door: socket.socket, request: dict[str, Any]) -> bool:
+    """Whether the agent listens at the port now.
+
+    It may be taken for a moment: libzmq closes its listening socket on a thread of its own, and
+    does not say when.
+    """
+    for _ in range(_TRIES):
+        done = _ask(door, HANDOVER, request, _MAIN_SECONDS)
+        if done is not False:
+            return bool(done)
+        time.sleep(_TRY_SECONDS)
+    return False
+
+
+def _ask(
+    connection: socket.socket, kind: int, request: dict[str, Any], seconds: float
+) -> bool | None:
+    """Whether the agent has done what is asked; ``None`` if it does not say."""
+    message = bytes([kind]) + json.dumps(request).encode()
+    answer = b""
+    try:
+        connection.settimeout(seconds)
+        connection.sendall(_LENGTH.pack(len(message)) + message)
+        while len(answer) < 6:
+            data = connection.recv(6 - len(answer))
+            if not data:
+                return None
+            answer += data
+    except OSError:
+        return None
+    return answer[4] == TAKEN and answer[5] == 1

@@ -1,0 +1,188 @@
+"""The kernel has no part in what a gateway says to the agent, and loses nothing by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+
+from conchkernel.jupyter import framing
+from conchkernel.jupyter.channels import connect_channels
+from conchkernel.jupyter.framing import Message
+
+from .test_survival import carrier, gateway, proves_alive, road, shell, until
+
+__all__ = ["gateway"]
+
+RELAY = "__import__('sys').modules['_conchkernel_relay'].relay"
+
+
+class Notebook:
+    """Somebody else's connection to the kernel, who answers questions."""
+
+    def __init__(self, channels):
+        self.channels = channels
+        self._usual = channels.messageReceived
+        channels.messageReceived = self._received
+
+    def _received(self, data, start, end, isBinary):
+        message = framing.unpack(data[start:end])
+        if b'"input_request"' in message.header:
+            header = {**json.loads(message.header), "msg_type": "input_reply"}
+            content = {"value": json.loads(message.content)["prompt"][::-1]}
+            parts = (json.dumps(part).encode() for part in (header, {}, {}, content))
+            self.channels.sendParts((framing.pack(Message("stdin", *parts)),))
+        self._usual(data, start, end, isBinary)
+
+    async def asks(self):
+        """The kernel asks, and has its answer."""
+        code = "answer = input('palindrome')"
+        assert await self.evaluate("answer", code) == "'emordnilap'"
+
+    async def evaluate(self, expression, code=""):
+        """What an expression is in the kernel."""
+        asked = {"code": code, "silent": False, "user_expressions": {"x": expression}}
+        content = {**asked, "allow_stdin": True, "store_history": False}
+        reply = await self.channels.request("shell", "execute_request", content, 30)
+        assert reply["status"] == "ok", reply
+        return reply["user_expressions"]["x"]["data"]["text/plain"]
+
+
+@asynccontextmanager
+async def notebook(made):
+    """A notebook at the gateway's kernel."""
+    channels = await connect_channels(
+        reactor,
+        road(made)._client,
+        road(made)._kernel,
+        on_carrier=lambda _: None,
+        on_lost=lambda _: None,
+    )
+    try:
+        yield Notebook(channels)
+    finally:
+        channels.close()
+        await channels.when_closed()
+
+
+def direct(made):
+    """Whether the link's messages go to the agent itself."""
+    return carrier(made)._channels.carrierChannel == b"stdin"
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_kernel_has_no_part(gateway):
+    """Its relay sees no message more, while a shell is talked to."""
+    collector = await shell(gateway)
+    assert direct(gateway)
+    async with notebook(gateway) as other:
+        before = await other.evaluate(f"{RELAY}._sent")
+        collector.stream.write(b"seq 100000 | tail -1\n")
+        await collector.untilOutput(b"100000\r\n")
+        assert await other.evaluate(f"{RELAY}._sent") == before
+    await proves_alive(collector)
+
+
+@pytest_twisted.ensureDeferred
+async def test_questions_are_asked_as_ever(gateway):
+    """By ``input()``, of whoever ran the cell, also when the agent goes and another comes."""
+    collector = await shell(gateway)
+    async with notebook(gateway) as early:
+        await early.asks()
+        former = carrier(gateway)
+        os.kill(await agent_pid(collector), signal.SIGKILL)
+        await until(lambda: carrier(gateway) not in (None, former))
+        # ZeroMQ connects again by itself; until then the kernel's question would reach nobody.
+        inner = int(await early.evaluate(f"{RELAY}.handover._inner"))
+        await until(lambda: connections(inner))
+        await early.asks()
+        async with notebook(gateway) as late:
+            await late.asks()
+            await early.asks()
+
+
+def connections(port):
+    """How many there are to a port of 127.0.0.1."""
+    ends = [line.split()[2:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return ends.count([f"0100007F:{port:04X}", "01"])
+
+
+async def agent_pid(collector):
+    """The agent: what the session's first shell was started by."""
+    collector.stream.write(b"echo pa''rent=$(ps -o ppid= -p $$).\n")
+    await collector.untilOutput(b".\r\n")
+    return int(bytes(collector.out).split(b"parent=")[1].split(b".")[0])
+
+
+@pytest_twisted.ensureDeferred
+async def test_another_kernel_gets_the_port(gateway):
+    """After a restart it listens where the server looks for it, and lends the port again."""
+    collector = await shell(gateway)
+    for _ in range(2):
+        former = carrier(gateway)
+        await road(gateway)._client.restart(road(gateway)._kernel)
+        await until(lambda former=former: carrier(gateway) not in (None, former))
+        assert direct(gateway)
+        async with notebook(gateway) as other:
+            await other.asks()
+    await proves_alive(collector)
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_kernel_has_its_port_back(gateway):
+    """When the relay goes, and so do the questions' answers; what was connected stays so."""
+    collector = await shell(gateway)
+    async with notebook(gateway) as early:
+        former = carrier(gateway)
+        await early.evaluate(
+            "1", f"{RELAY}._loop.add_callback({RELAY}.uninstall); {RELAY}.handover.end()"
+        )
+        endpoint = await early.evaluate(
+            "get_ipython().kernel.stdin_socket.getsockopt(__import__('zmq').LAST_ENDPOINT)"
+        )
+        port = await early.evaluate(
+            "__import__('json').load(open(__import__('ipykernel').get_connection_file()))"
+            "['stdin_port']"
+        )
+        assert f":{port}" in endpoint
+        await until(lambda: carrier(gateway) not in (None, former))
+    await proves_alive(collector)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_kernel_that_cannot_lend_its_port_carries_itself(gateway):
+    """Where the channel is another than the agent can stand in for, all goes on as before."""
+    collector = await shell(gateway)
+    async with notebook(gateway) as other:
+        await other.evaluate("1", f"{RELAY}.handover.end(); {RELAY}.handover._lend = bool")
+        former = carrier(gateway)
+        former._channels.transport.abortConnection()
+        await until(lambda: carrier(gateway) not in (None, former))
+        assert not direct(gateway)
+        async with notebook(gateway) as late:
+            await late.asks()
+        collector.stream.write(b"seq 100000 | tail -1\n")
+        await collector.untilOutput(b"100000\r\n")
+    await proves_alive(collector)
+
+
+@pytest_twisted.ensureDeferred
+async def test_two_gateways_share_it(gateway, jupyter, tmp_path):
+    """Each has its own connection; one that goes takes nothing from the other."""
+    from conchkernel.jupyter.backends import JupyterBackend
+
+    collector = await shell(gateway)
+    second = JupyterBackend(reactor, jupyter.pasted, state_dir=tmp_path / "state")
+    await Deferred.fromCoroutine(second.start())
+    other = await shell(second)
+    assert direct(gateway)
+    assert direct(second)
+    await proves_alive(other)
+    await second.stop()
+    await proves_alive(collector)

@@ -1,0 +1,377 @@
+"""A kernel's port in the agent's hands: who is led through, who is claimed, and how it ends.
+
+The kernel is a ROUTER of libzmq's, the Jupyter server a DEALER, the agent the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_twisted
+import zmq
+from jupyter_client.session import Session
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+
+from conchkernel import wire
+from conchkernel.loopback import LoopbackBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SECONDS = 20
+IDENTITY = b"a gateway's session"
+YES, NO = bytes([wire.TAKEN, 1]), bytes([wire.TAKEN, 0])
+
+
+@pytest.fixture(scope="module")
+def backend():
+    """An agent, and a gateway that it serves in its usual way."""
+    made = LoopbackBackend(reactor)
+    pytest_twisted.blockon(Deferred.fromCoroutine(made.start()))
+    yield made
+    pytest_twisted.blockon(Deferred.fromCoroutine(made.stop()))
+
+
+class Kernel:
+    """A kernel that has handed its port over."""
+
+    def __init__(self, backend: LoopbackBackend, context: zmq.Context) -> None:
+        self.session = Session(key=b"the kernel's key")
+        self.path = backend._path
+        self.secret = backend._secret
+        self._context = context
+        self.inner = context.socket(zmq.ROUTER)
+        self.inner.linger = 0
+        self.inner.rcvtimeo = SECONDS * 1000
+        inner = self.inner.bind_to_random_port("tcp://127.0.0.1")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.request = {
+            "pid": os.getpid(),
+            "host": "127.0.0.1",
+            "port": self.port,
+            "inner": inner,
+            "key": self.session.key.hex(),
+            "digest": "sha256",
+        }
+        self.door = Relay(self.path)
+
+    def handed(self) -> Kernel:
+        """Hand the port over."""
+        assert self.door.ask(wire.HANDOVER, self.request)
+        return self
+
+    def server(self, identity: bytes = b"somebody") -> zmq.Socket:
+        """A Jupyter server's connection, and its hello exchanged."""
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.linger = 0
+        dealer.rcvtimeo = SECONDS * 1000
+        dealer.identity = identity
+        dealer.connect(f"tcp://127.0.0.1:{self.port}")
+        return dealer
+
+    def claim(self, identity: bytes = IDENTITY) -> Relay:
+        """Ask for a connection, and do not wait for the answer."""
+        relay = Relay(self.path)
+        relay.say(wire.CLAIM, {"port": self.port, "identity": identity.hex()})
+        return relay
+
+    def attach(self, server: zmq.Socket, secret: str | None = None) -> dict:
+        """A gateway's ATTACH through the server, and the agent's answer."""
+        request = {
+            "versions": [wire.VERSION],
+            "session": os.urandom(16).hex(),
+            "received": 0,
+            "secret": secret or self.secret,
+        }
+        self.send(server, wire.message_of(wire.ATTACH, request))
+        return wire.body_of(self.receive(server))
+
+    def send(self, server: zmq.Socket, message: bytes) -> None:
+        """One carrier, signed."""
+        self.session.send(server, "conchkernel", content={}, buffers=[message])
+
+    def receive(self, server: zmq.Socket) -> bytes:
+        """The next carrier; its signature is checked."""
+        parts = self.session.feed_identities(server.recv_multipart())[1]
+        told = self.session.deserialize(parts)
+        assert told["msg_type"] == "conchkernel"
+        return bytes(told["buffers"][0])
+
+
+class Relay:
+    """A relay's connection to the agent."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(SECONDS)
+        self.socket.connect(path)
+
+    def say(self, kind: int, request: dict) -> None:
+        """Ask for something."""
+        message = bytes([kind]) + json.dumps(request).encode()
+        self.socket.sendall(struct.pack(">I", len(message)) + message)
+
+    def answer(self) -> bytes:
+        """What is said next; nothing if the agent has hung up."""
+        head = self.socket.recv(4, socket.MSG_WAITALL)
+        if not head:
+            return b""
+        return self.socket.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
+
+    def ask(self, kind: int, request: dict) -> bool:
+        """Ask, and whether it was done."""
+        self.say(kind, request)
+        return self.answer() == YES
+
+
+@pytest.fixture
+def kernel(backend) -> Iterator[Kernel]:
+    """A kernel whose port the agent has."""
+    with context() as made:
+        yield Kernel(backend, made).handed()
+
+
+@contextmanager
+def context() -> Iterator[zmq.Context]:
+    made = zmq.Context()
+    yield made
+    made.destroy(linger=0)
+
+
+def lead_through(kernel: Kernel, server: zmq.Socket, size: int = 10) -> None:
+    """The server and the kernel reach each other, in both directions, by the server's name."""
+    data = os.urandom(size)
+    server.send_multipart([b"from the server", data])
+    name, *parts = kernel.inner.recv_multipart()
+    assert parts == [b"from the server", data]
+    kernel.inner.send_multipart([name, b"from the kernel", data])
+    assert server.recv_multipart() == [b"from the kernel", data]
+
+
+def test_everybody_is_led_through(kernel: Kernel) -> None:
+    """Small and large, several at once; the kernel sees their names, and may speak first."""
+    servers = {name: kernel.server(name) for name in (b"one", b"two", b"three")}
+    for size in (0, 100, 3_000_000):
+        for server in servers.values():
+            lead_through(kernel, server, size)
+    kernel.inner.send_multipart([b"two", b"a question"])
+    assert servers[b"two"].recv_multipart() == [b"a question"]
+
+
+def test_a_server_that_does_not_read_holds_up_nobody(kernel: Kernel) -> None:
+    """What is led through waits in the sockets, not in the agent; others go on."""
+    with socket.socket() as deaf:
+        deaf.connect(("127.0.0.1", kernel.port))
+        deaf.sendall(hello(b"deaf"))
+        assert deaf.recv(64, socket.MSG_WAITALL)[0] == 0xFF
+        other = kernel.server()
+        lead_through(kernel, other)
+        for _ in range(20):
+            kernel.inner.send_multipart([b"deaf", bytes(1_000_000)])
+        lead_through(kernel, other)
+
+
+@pytest.mark.parametrize("first", ["the connection", "the claim"])
+def test_a_claimed_connection_carries_messages(kernel: Kernel, first: str) -> None:
+    """Whichever comes first; the kernel hears nothing of it, and others go on as before."""
+    other = kernel.server()
+    lead_through(kernel, other)
+    if first == "the claim":
+        relay = kernel.claim()
+        server = kernel.server(IDENTITY)
+    else:
+        server = kernel.server(IDENTITY)
+        # When the claim comes it is known, and led through: the kernel has said hello.
+        assert server.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED).poll(SECONDS * 1000)
+        relay = kernel.claim()
+    assert relay.answer() == YES
+    assert kernel.attach(server)["new"]
+    lead_through(kernel, other)
+
+
+def test_a_wrong_secret_gets_a_sentence(kernel: Kernel) -> None:
+    """A claim makes a carrier and no more."""
+    server = kernel.server(IDENTITY)
+    relay = kernel.claim()
+    assert relay.answer() == YES
+    assert "secret" in kernel.attach(server, "0" * 64)["error"]
+
+
+def test_what_is_not_signed_is_not_heard(kernel: Kernel) -> None:
+    """Nor what has another shape; the next good message is."""
+    server = kernel.server(IDENTITY)
+    relay = kernel.claim()
+    assert relay.answer() == YES
+    forger = Session(key=b"another key")
+    forger.send(server, "conchkernel", content={}, buffers=[bytes([wire.ATTACH]) + b"{}"])
+    kernel.session.send(server, "input_reply", content={"value": "x"})
+    server.send_multipart([b"x"])
+    assert kernel.attach(server)["new"]
+
+
+def test_a_relay_that_hangs_up_ends_what_it_claimed(kernel: Kernel) -> None:
+    """The gateway is told so in order, behind what was said before."""
+    server = kernel.server(IDENTITY)
+    relay = kernel.claim()
+    assert relay.answer() == YES
+    assert kernel.attach(server)["new"]
+    relay.socket.close()
+    while (message := kernel.receive(server)) != bytes([wire.LOST]):
+        assert message[0] == wire.BYTES
+
+
+def test_a_server_that_hangs_up_ends_the_claim(kernel: Kernel) -> None:
+    """So the relay knows; the same name may come again, and be claimed again."""
+    for _ in range(3):
+        server = kernel.server(IDENTITY)
+        relay = kernel.claim()
+        assert relay.answer() == YES
+        assert kernel.attach(server)["new"]
+        server.close()
+        while relay.answer():
+            pass
+
+
+def test_a_claim_that_is_given_up(kernel: Kernel) -> None:
+    """Then the connection, if it comes, is led through like any other."""
+    relay = kernel.claim()
+    second = kernel.claim()
+    assert relay.answer() == b""  # one name is claimed once
+    second.socket.close()
+    lead_through(kernel, kernel.server())
+    lead_through(kernel, kernel.server(IDENTITY))
+
+
+def hello(identity: bytes) -> bytes:
+    """What a DEALER says."""
+    body = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER\x08Identity"
+    body += struct.pack(">I", len(identity)) + identity
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32)
+    return greeting + b"\x04" + bytes([len(body)]) + body
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + bytes(64),
+        hello(b"")[:64] + b"\x06" + struct.pack(">Q", 2**62) + b"\x05READY",
+        hello(b"")[:64] + b"\x04\x06\x05ERROR",
+        b"\xff" * 100_000,
+    ],
+)
+def test_strangers_are_hung_up_on(kernel: Kernel, said: bytes) -> None:
+    """Whatever comes to the port, others are served."""
+    with socket.socket() as stranger:
+        stranger.settimeout(SECONDS)
+        stranger.connect(("127.0.0.1", kernel.port))
+        try:
+            stranger.sendall(said)
+            while stranger.recv(1000):
+                pass
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+    lead_through(kernel, kernel.server())
+
+
+def test_lengths_of_a_claimed_connection(kernel: Kernel) -> None:
+    """A frame that is too long ends it before a byte of it is waited for."""
+    with socket.socket() as server:
+        server.settimeout(SECONDS)
+        server.connect(("127.0.0.1", kernel.port))
+        server.sendall(hello(IDENTITY))
+        relay = kernel.claim()
+        assert relay.answer() == YES
+        server.sendall(b"\x03" + struct.pack(">Q", 2**63))
+        # Relay and server are both told.
+        assert relay.answer() in (b"", NO)
+        while server.recv(1000):
+            pass
+
+
+def test_many_connections_are_bounded(kernel: Kernel) -> None:
+    """Beyond a few hundred they are closed; when they go, others come."""
+    crowd = [socket.create_connection(("127.0.0.1", kernel.port), SECONDS) for _ in range(300)]
+    closed = [one for one in crowd if not heard(one)]
+    assert 0 < len(closed) < 100
+    for one in crowd:
+        one.close()
+    lead_through(kernel, kernel.server())
+
+
+def heard(one: socket.socket) -> bytes:
+    try:
+        return one.recv(64)
+    except ConnectionResetError:
+        return b""
+
+
+def test_the_port_is_let_go_of(kernel: Kernel) -> None:
+    """At once, with whoever is led through; a kernel can have it again."""
+    server = kernel.server()
+    lead_through(kernel, server)
+    waiting = kernel.claim()
+    kernel.door.socket.shutdown(socket.SHUT_WR)
+    assert kernel.door.answer() == b""
+    assert waiting.answer() in (b"", NO)
+    kernel.inner.bind(f"tcp://127.0.0.1:{kernel.port}")
+    lead_through(kernel, server)
+
+
+def test_a_port_that_is_taken_is_not_handed_over(backend, kernel: Kernel) -> None:
+    """Nor one that is none, nor a kernel that signs in an unknown way."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for change in (
+            {"port": port},
+            {"port": 99999},
+            {"port": None},
+            {"host": "no.such.host.invalid"},
+            {"key": "x"},
+            {"digest": "no-such-hash"},
+            {"inner": {}},
+        ):
+            relay = Relay(backend._path)
+            assert not relay.ask(wire.HANDOVER, {**kernel.request, "port": 0, **change})
+    for nonsense in ({"port": [1], "identity": "00"}, {"identity": "zz", "port": kernel.port}, {}):
+        relay = Relay(backend._path)
+        relay.say(wire.CLAIM, nonsense)
+        assert relay.answer() in (b"", NO)
+    lead_through(kernel, kernel.server())
+
+
+def test_another_kernel_takes_the_place(backend, kernel: Kernel) -> None:
+    """One that got the same port, before the end of the former was seen."""
+    server = kernel.server()
+    lead_through(kernel, server)
+    with context() as made:
+        other = Kernel(backend, made)
+        other.request["port"] = other.port = kernel.port
+        other.handed()
+        assert kernel.door.answer() == b""
+        lead_through(other, other.server())
+
+
+def test_the_kernels_end_is_seen(backend, kernel: Kernel) -> None:
+    """Though a child that it forked has the relay's connection still."""
+    with context() as made, subprocess.Popen(["sleep", "1000"]) as process:
+        other = Kernel(backend, made)
+        other.request["pid"] = process.pid
+        other.handed()
+        lead_through(other, other.server())
+        waiting = other.claim()
+        process.kill()
+        # Told when the port is free, though the relay's connection stands.
+        assert waiting.answer() in (b"", NO)
+        other.inner.bind(f"tcp://127.0.0.1:{other.port}")
