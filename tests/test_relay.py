@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -114,6 +115,32 @@ def test_a_message_of_ours_does_not(kernel, relay):
     header = json.loads(answer[3])
     assert header["msg_type"] == "conchkernel"
     assert answer[2] == b"signed:%d" % len(b"".join(answer[3:7]))
+
+
+def test_what_the_agent_told_last_is_told_again(kernel, relay):
+    """Later: it may have gone down with the agent's connection to the server."""
+    later = []
+    relay._loop = SimpleNamespace(
+        READ=1,
+        WRITE=2,
+        ERROR=4,
+        add_handler=lambda *_: None,
+        remove_handler=lambda *_: None,
+        call_later=lambda _, *call: later.append(call),
+    )
+    ours, agents = socket.socketpair()
+    with agents:
+        client = module._Client(relay, relay._loop, b"me", ours, True)
+        relay._clients[b"me"] = client
+        agents.sendall(bytes([0, 0, 0, 2, 8, 0]))
+        client._event(ours, 1)
+    client._event(ours, 1)
+    assert kernel.control_stream.sent == []
+    ((call, *arguments),) = later
+    call(*arguments)
+    (answer,) = kernel.control_stream.sent
+    assert answer[0] == b"me"
+    assert answer[-1] == bytes([module.LOST])
 
 
 def test_each_answer_has_an_id_of_its_own(kernel, relay):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -50,6 +52,7 @@ class Kernel:
         self._context = context
         self.inner = context.socket(zmq.ROUTER)
         self.inner.linger = 0
+        self.inner.router_handover = 1  # as ipykernel has it
         self.inner.rcvtimeo = SECONDS * 1000
         inner = self.inner.bind_to_random_port("tcp://127.0.0.1")
         with socket.socket() as free:
@@ -71,11 +74,19 @@ class Kernel:
         return self
 
     def server(self, identity: bytes = b"somebody") -> zmq.Socket:
-        """A Jupyter server's connection, and its hello exchanged."""
-        dealer = self._context.socket(zmq.DEALER)
-        dealer.linger = 0
-        dealer.rcvtimeo = SECONDS * 1000
-        dealer.identity = identity
+        """A Jupyter server's connection."""
+        return self.connected(self.dealer(identity))
+
+    def dealer(self, identity: bytes) -> zmq.Socket:
+        """What such a connection will be."""
+        made = self._context.socket(zmq.DEALER)
+        made.linger = 0
+        made.rcvtimeo = SECONDS * 1000
+        made.identity = identity
+        return made
+
+    def connected(self, dealer: zmq.Socket) -> zmq.Socket:
+        """The same, connecting to the port."""
         dealer.connect(f"tcp://127.0.0.1:{self.port}")
         return dealer
 
@@ -148,6 +159,14 @@ def context() -> Iterator[zmq.Context]:
     made.destroy(linger=0)
 
 
+def hello(identity: bytes) -> bytes:
+    """What a DEALER says."""
+    body = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER\x08Identity"
+    body += struct.pack(">I", len(identity)) + identity
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32)
+    return greeting + b"\x04" + bytes([len(body)]) + body
+
+
 def lead_through(kernel: Kernel, server: zmq.Socket, size: int = 10) -> None:
     """The server and the kernel reach each other, in both directions, by the server's name."""
     data = os.urandom(size)
@@ -190,9 +209,11 @@ def test_a_claimed_connection_carries_messages(kernel: Kernel, first: str) -> No
         relay = kernel.claim()
         server = kernel.server(IDENTITY)
     else:
-        server = kernel.server(IDENTITY)
+        server = kernel.dealer(IDENTITY)
+        events = server.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        kernel.connected(server)
         # When the claim comes it is known, and led through: the kernel has said hello.
-        assert server.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED).poll(SECONDS * 1000)
+        assert events.poll(SECONDS * 1000)
         relay = kernel.claim()
     assert relay.answer() == YES
     assert kernel.attach(server)["new"]
@@ -252,14 +273,6 @@ def test_a_claim_that_is_given_up(kernel: Kernel) -> None:
     lead_through(kernel, kernel.server(IDENTITY))
 
 
-def hello(identity: bytes) -> bytes:
-    """What a DEALER says."""
-    body = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER\x08Identity"
-    body += struct.pack(">I", len(identity)) + identity
-    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32)
-    return greeting + b"\x04" + bytes([len(body)]) + body
-
-
 @pytest.mark.parametrize(
     "said",
     [
@@ -298,21 +311,83 @@ def test_lengths_of_a_claimed_connection(kernel: Kernel) -> None:
             pass
 
 
-def test_many_connections_are_bounded(kernel: Kernel) -> None:
-    """Beyond a few hundred they are closed; when they go, others come."""
-    crowd = [socket.create_connection(("127.0.0.1", kernel.port), SECONDS) for _ in range(300)]
-    closed = [one for one in crowd if not heard(one)]
-    assert 0 < len(closed) < 100
-    for one in crowd:
-        one.close()
-    lead_through(kernel, kernel.server())
+@pytest.mark.parametrize("said", [b"", hello(b"a stranger")])
+def test_a_crowd_shuts_nobody_out(kernel: Kernel, said: bytes) -> None:
+    """Connections are bounded, but it is the silent that make room, whoever was there first."""
+    early = kernel.server(b"early")
+    lead_through(kernel, early)
+    crowd = [connection(kernel, said) for _ in range(300)]
+    for stranger in crowd[:30]:
+        drain(stranger)  # it has had to go
+    late = kernel.server(b"late")
+    for server in (late, early):
+        lead_through(kernel, server)
+    served = kernel.server(IDENTITY)
+    relay = kernel.claim()
+    assert relay.answer() == YES
+    assert kernel.attach(served)["new"]
+    for stranger in crowd:
+        stranger.close()
 
 
-def heard(one: socket.socket) -> bytes:
+def test_who_hangs_up_before_the_first_word_leaves_no_trace(kernel: Kernel) -> None:
+    """By a reset, before the agent has seen that there was somebody."""
+    pid = agent_pid(kernel)
+    for _ in range(6):
+        os.kill(pid, signal.SIGSTOP)
+        for stranger in [connection(kernel) for _ in range(60)]:
+            reset(stranger)
+        os.kill(pid, signal.SIGCONT)
+        lead_through(kernel, kernel.server())
+
+
+def test_a_server_that_resets_ends_the_claim(kernel: Kernel) -> None:
+    """Nobody can be told there; so the relay is left to tell it, and nothing is kept."""
+    before = None
+    for _ in range(3):
+        server = connection(kernel, hello(IDENTITY))
+        relay = kernel.claim()
+        assert relay.answer() == YES
+        reset(server)
+        assert relay.answer() == b""
+        after = len(os.listdir(f"/proc/{agent_pid(kernel)}/fd"))
+        assert before in (None, after)
+        before = after
+
+
+def connection(kernel: Kernel, said: bytes = b"") -> socket.socket:
+    """Somebody at the port, by TCP alone."""
+    made = socket.create_connection(("127.0.0.1", kernel.port), SECONDS)
+    made.sendall(said)
+    return made
+
+
+def drain(one: socket.socket) -> None:
+    """Read to the end, whichever it is."""
     try:
-        return one.recv(64)
+        while one.recv(1000):
+            pass
     except ConnectionResetError:
-        return b""
+        pass
+
+
+def reset(one: socket.socket) -> None:
+    """Hang up by a reset."""
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.close()
+
+
+def agent_pid(kernel: Kernel) -> int:
+    """The process that listens at the kernel's port."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
+    (inode,) = [row[9] for row in rows if row[1].endswith(f":{kernel.port:04X}") and row[3] == "0A"]
+    for found in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(found) == f"socket:[{inode}]":
+                return int(found.parts[2])
+        except OSError:
+            pass  # closed, or somebody else's
+    raise AssertionError("nobody listens")
 
 
 def test_the_port_is_let_go_of(kernel: Kernel) -> None:

@@ -31,7 +31,8 @@ from conchkernel.remote.service import SHORTAGE, UNKNOWN_KIND, CannotServe
 from conchkernel.remote.spawn import CannotRun
 
 MAX_SESSIONS = 64
-MAX_CARRIERS = 128
+#: A gateway at a kernel's stdin channel has two: its own, and the relay's that stands for it.
+MAX_CARRIERS = 256
 #: One read of output: with its headers it fills one message.
 BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
 #: What an OPEN may ask for.

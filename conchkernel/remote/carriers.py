@@ -61,7 +61,7 @@ class Carrier:
             except BlockingIOError:
                 sent = 0
             except OSError:
-                self.lost()
+                self.broken()
                 return
             for part in parts:
                 if sent >= len(part):
@@ -83,8 +83,12 @@ class Carrier:
         """A defect of ours: the session goes on over another carrier, from what was received."""
         self.lost()
 
-    def lost(self) -> None:
+    def broken(self) -> None:
         """The socket is gone."""
+        self.lost()
+
+    def lost(self) -> None:
+        """It carries no more; its session waits for another."""
         session, self.session = self.session, None
         if session is not None:
             session.detach()
@@ -115,7 +119,7 @@ class Carrier:
         except BlockingIOError:
             return
         except OSError:
-            self.lost()
+            self.broken()
             return
         self._agent.unwatch_write(fd)
         if self.session is not None:
@@ -129,7 +133,7 @@ class Carrier:
         except OSError:
             count = 0
         if not count:
-            self.lost()
+            self.broken()
             return
         self._filled += count
         position = self._take(memoryview(self._buffer)[: self._filled])
@@ -233,12 +237,18 @@ class ServerCarrier(Carrier):
     ) -> None:
         self._signer = signer
         self._claimant = claimant
+        self._broken = False
         super().__init__(agent, connection)
         claimant.stands_for = self
 
     def refuse(self, sentence: str) -> None:
         """Answer an ATTACH with a sentence. The gateway hangs up."""
         self.send([wire.message_of(wire.ATTACHED, {"error": sentence})])
+
+    def broken(self) -> None:
+        """The socket is gone: what is said here reaches nobody."""
+        self._broken = True
+        super().broken()
 
     def close(self) -> None:
         """Close the socket, and let the gateway know. Idempotent.
@@ -248,11 +258,12 @@ class ServerCarrier(Carrier):
         """
         if self.closed:
             return
-        if self.clear:
+        told = self.clear and not self._broken
+        if told:
             self.send([bytes([wire.LOST])])
-        if self.closed:
-            return  # there was nobody to send it to
-        told = self.clear
+            if self.closed:
+                return  # there was nobody to send it to
+            told = self.clear
         super().close()
         self._claimant.stands_for = None
         if told:

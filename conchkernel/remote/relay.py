@@ -34,6 +34,9 @@ MAX_CLIENTS = 128
 MAX_UNSENT = 8 * 1024 * 1024
 #: Messages taken from the control socket in one go, before others on the loop have their turn.
 BURST = 32
+#: A gateway that was told by the agent of an end is told once more: what the agent said last may
+#: have gone down with its connection.
+_AGAIN_SECONDS = 1.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MARK = b'"conchkernel"'
 _DELIMITER = b"<IDS|MSG>"
@@ -252,9 +255,15 @@ class Relay:
         """The agent's end of a client's socket has closed."""
         if self._clients.get(identity) is client:
             del self._clients[identity]
-            if not client.told:
-                self.tell(identity, bytes([LOST]))
-                self.told()
+            if client.told:
+                self._loop.call_later(_AGAIN_SECONDS, self._tell_lost, identity)
+            else:
+                self._tell_lost(identity)
+
+    def _tell_lost(self, identity: bytes) -> None:
+        if identity not in self._clients:
+            self.tell(identity, bytes([LOST]))
+            self.told()
 
 
 class _Client:

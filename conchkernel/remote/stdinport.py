@@ -18,7 +18,8 @@ from conchkernel.remote.carriers import RelayCarrier, ServerCarrier
 if TYPE_CHECKING:
     from conchkernel.remote.agent import Agent
 
-#: Connections of Jupyter servers: each WebSocket to the kernel has one.
+#: Connections of Jupyter servers: each WebSocket to the kernel has one. Beyond that somebody crowds
+#: the port; then the longest silent goes, and a server's ZeroMQ comes again by itself.
 MAX_PEERS = 256
 _HELLO_MOST = 2048
 #: What a connection that is led through may hold, each way; an answer to input() is a line.
@@ -63,7 +64,8 @@ class StdinPort:
         self._door = door
         self._inner = ("127.0.0.1", int(handed["inner"]))
         self.signer = zmtp.Signer(bytes.fromhex(handed["key"]), str(handed["digest"]))
-        self._peers: set[_Peer] = set()
+        #: The longest silent first.
+        self._peers: dict[_Peer, None] = {}
         self._claims: dict[bytes, RelayCarrier] = {}
         host = str(handed["host"])
         self._number = int(handed["port"])
@@ -94,7 +96,7 @@ class StdinPort:
             former.lost()
         for peer in self._peers:
             if peer.identity == identity:
-                self._peers.discard(peer)
+                del self._peers[peer]
                 self.carry(peer.release(), claimant)
                 return
         self._claims[identity] = claimant
@@ -114,7 +116,7 @@ class StdinPort:
         claimant = self._claims.pop(identity, None)
         if claimant is None:
             return False
-        self._peers.discard(peer)
+        del self._peers[peer]
         self.carry(peer.release(), claimant)
         return True
 
@@ -122,18 +124,23 @@ class StdinPort:
         accepted = self._agent.accept(self._listener)
         if accepted is None:
             return
-        connection = accepted[0]
-        if len(self._peers) < MAX_PEERS:
-            try:
-                self._peers.add(_Peer(self._agent, self, connection, self._inner))
-                return
-            except OSError:
-                pass  # it has gone already (macOS)
-        connection.close()
+        if len(self._peers) >= MAX_PEERS:
+            next(iter(self._peers)).close()
+        try:
+            peer = _Peer(self._agent, self, accepted[0], self._inner)
+        except OSError:
+            accepted[0].close()  # its peer has gone already (macOS)
+        else:
+            self._peers[peer] = None
+            peer.greet()
+
+    def spoke(self, peer: _Peer) -> None:
+        """A connection that nobody had claimed is in use."""
+        self._peers[peer] = self._peers.pop(peer)
 
     def gone(self, peer: _Peer) -> None:
         """A connection that nobody had claimed has closed."""
-        self._peers.discard(peer)
+        del self._peers[peer]
 
     def lost(self) -> None:
         """The kernel is gone, or wants its port back: let go of it at once. Idempotent."""
@@ -170,6 +177,8 @@ class _Peer:
 
     The agent says hello in the kernel's place, to learn who it is; then the kernel is told the same
     hello, and its own is passed over.
+
+    :ivar identity: its routing id, as long as nothing but hellos has passed.
     """
 
     def __init__(
@@ -189,8 +198,11 @@ class _Peer:
         self._closed = False
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        agent.watch_read(connection.fileno(), self._greeted)
-        self._put(connection, zmtp.HELLO)
+
+    def greet(self) -> None:
+        """Say hello, and listen."""
+        self._agent.watch_read(self._outer.fileno(), self._greeted)
+        self._put(self._outer, zmtp.HELLO)
 
     def release(self) -> socket.socket:
         """Give the connection away: nothing but hellos has passed."""
@@ -268,6 +280,7 @@ class _Peer:
             self.identity = None  # it has begun to speak to the kernel
         data = self._get(source)
         if data is not None:
+            self._port.spoke(self)
             self._pass(source, target, data)
 
     def _pass(self, source: socket.socket, target: socket.socket, data: bytes) -> None:
