@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
-from conchkernel.errors import JupyterError
-from conchkernel.jupyter.kernel import KernelRoad
+from conchkernel import wire
+from conchkernel.errors import JupyterError, LinkLost
+from conchkernel.jupyter.kernel import ENDING_SECONDS, KernelCarrier, KernelRoad
 from conchkernel.jupyter.rest import KernelModel
 
 WANTED = "11111111-2222-3333-4444-555555555555"
@@ -85,3 +87,18 @@ async def test_a_stop_while_a_kernel_is_started_leaves_none(tmp_path, takesIds, 
             answer.callback(None)
     await removing
     assert not server.kernels
+
+
+def test_a_kernel_that_ends_is_let_end() -> None:
+    """The agent sees the end of it first; its server, asked for it then, lets us wait."""
+    told: list[object] = []
+    clock = Clock()
+    carrier = KernelCarrier(SimpleNamespace(received=told.append, lost=told.append))
+    carrier._channels = SimpleNamespace(close=lambda: None)
+    carrier._keepAlive.clock = clock
+    carrier._restarted()
+    carrier.received(bytes([wire.LOST]))
+    assert not told
+    clock.advance(ENDING_SECONDS)
+    (reason,) = told
+    assert isinstance(reason, LinkLost)

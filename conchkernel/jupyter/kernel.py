@@ -41,7 +41,7 @@ KEEP_ALIVE_SECONDS = 60.0
 
 
 class KernelCarrier:
-    """Messages over the control channel of one WebSocket."""
+    """Messages over one WebSocket: its control channel, or that of stdin."""
 
     def __init__(self, user: CarrierUser) -> None:
         self._user: CarrierUser | None = user
@@ -84,6 +84,8 @@ class KernelCarrier:
                     started.callback(wire.body_of(message))
                 except wire.WireViolation as violation:
                     started.errback(LinkLost(str(violation)))
+        elif self._leaving is not None and message[:1] == bytes([wire.LOST]):
+            pass  # that is known, and it is too early to look for the next kernel
         elif self._user is not None:
             self._user.received(message)
 
