@@ -46,6 +46,7 @@ class Handover:
         #: To the agent; it listens for as long as this stands.
         self._door: socket.socket | None = None
         self._left = threading.Event()
+        self._ended = False
 
     def connection(self, connect: Any, identity: bytes) -> socket.socket | None:
         """Have the agent take a client's messages from the server itself. Not on any loop.
@@ -55,7 +56,7 @@ class Handover:
         :returns: what stands for the client's connection; ``None`` if it cannot be done.
         """
         with self._lock:
-            if self._door is None and not self._lend(connect):
+            if self._door is None and (self._ended or not self._lend(connect)):
                 return None
         claim: socket.socket | None = connect()
         if claim is not None:
@@ -87,6 +88,8 @@ class Handover:
                 self._left.clear()
                 self._door = door
                 threading.Thread(target=self._watch, args=(door,), daemon=True).start()
+                if self._ended:
+                    self.leave()  # by a newer relay meanwhile, which lends the port itself
                 return True
         door.close()
         self._main.add_callback(self._restore)
@@ -122,6 +125,7 @@ class Handover:
             endpoint = channel.getsockopt(self._zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
             if (
                 not self._inner
+                and not self._ended
                 and endpoint.startswith("tcp://")
                 and channel.getsockopt(self._zmq.MECHANISM) == self._zmq.NULL
             ):
@@ -163,7 +167,8 @@ class Handover:
         return str(fresh.getsockopt(self._zmq.LAST_ENDPOINT).rstrip(b"\0").decode())
 
     def end(self) -> None:
-        """Take the port back from the agent, and wait for it."""
+        """Take the port back from the agent, and wait for it. It is not lent again."""
+        self._ended = True
         if self.leave():
             self._left.wait(_MAIN_SECONDS)
         self._restore()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Connections of Jupyter servers: each WebSocket to the kernel has one. Beyond that somebody crowds
 #: the port; then the longest silent goes, and a server's ZeroMQ comes again by itself.
-MAX_PEERS = 256
+MAX_PEERS = 64
 _HELLO_MOST = 2048
 #: What a connection that is led through may hold, each way; an answer to input() is a line.
 _PIECE = 64 * 1024
