@@ -143,6 +143,14 @@ def test_what_the_agent_told_last_is_told_again(kernel, relay):
     assert answer[-1] == bytes([module.LOST])
 
 
+def test_a_port_that_cannot_be_lent_is_nobodys_affair(kernel, relay, caplog):
+    """Whatever goes wrong there, the client's messages go through the relay."""
+    assert relay._claim("", b"me") is None
+    relay.handover = SimpleNamespace(connection=lambda *_: 1 / 0)
+    assert relay._claim("", b"me") is None
+    assert "stdin" in caplog.text
+
+
 def test_each_answer_has_an_id_of_its_own(kernel, relay):
     """Two messages alike would be taken for a replay by the server."""
     receive(kernel, message(OURS))

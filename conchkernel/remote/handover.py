@@ -166,12 +166,17 @@ class Handover:
         former.close()
         return str(fresh.getsockopt(self._zmq.LAST_ENDPOINT).rstrip(b"\0").decode())
 
-    def end(self) -> None:
-        """Take the port back from the agent, and wait for it. It is not lent again."""
+    def end(self) -> bool:
+        """Take the port back from the agent, and wait for it. It is not lent again.
+
+        :returns: whether the channel is where it belongs. If not, an agent that does not run just
+            now has the port; it comes back by itself when that hangs up.
+        """
         self._ended = True
         if self.leave():
             self._left.wait(_MAIN_SECONDS)
         self._restore()
+        return not self._inner
 
 
 def _port(endpoint: str) -> tuple[str, int]:

@@ -189,8 +189,8 @@ class Relay:
                 connection = _connect(path)
                 if connection is None:
                     answer = {"error": "the agent started but does not answer"}
-            if connection is not None and request.get("direct") and self.handover is not None:
-                claim = self.handover.connection(lambda: _connect(path), identity)
+            if connection is not None and request.get("direct"):
+                claim = self._claim(path, identity)
                 answer["direct"] = claim is not None
                 if claim is not None:
                     connection.close()
@@ -198,6 +198,18 @@ class Relay:
         except Exception as problem:
             answer = {"error": f"the agent could not be started: {problem}"}
         self._loop.add_callback(self._started, identity, connection, answer)
+
+    def _claim(self, path: str, identity: bytes) -> socket.socket | None:
+        """What stands for the client's own connection to the agent; ``None`` if it has none."""
+        try:
+            if self.handover is not None:
+                claim: socket.socket | None = self.handover.connection(
+                    lambda: _connect(path), identity
+                )
+                return claim
+        except Exception:
+            self._kernel.log.error("conchkernel: the stdin channel", exc_info=True)
+        return None
 
     def _started(
         self, identity: bytes, connection: socket.socket | None, answer: dict[str, Any]
@@ -463,9 +475,11 @@ def install(sources: dict[str, Any], version: str) -> None:
     if former is not None and former.installed and former.version == version:
         return
     main = importlib.import_module("tornado.ioloop").IOLoop.current()
-    relay = Relay(kernel, sources, version, module.handover.Handover(kernel, main))
-    if former is not None and getattr(former, "handover", None) is not None:
-        former.handover.end()
+    lent = getattr(former, "handover", None)
+    # Two must not move the channel: while the former one's is away, all goes by the relay.
+    free = lent is None or lent.end()
+    handover = module.handover.Handover(kernel, main) if free else None
+    relay = Relay(kernel, sources, version, handover)
     _keep_large_buffers()
     done = threading.Event()
     problem: list[Exception] = []

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 #: Connections of Jupyter servers: each WebSocket to the kernel has one. Beyond that somebody crowds
 #: the port; then the longest silent goes, and a server's ZeroMQ comes again by itself.
 MAX_PEERS = 64
-_HELLO_MOST = 2048
 #: What a connection that is led through may hold, each way; an answer to input() is a line.
 _PIECE = 64 * 1024
 
@@ -213,20 +212,22 @@ class _Peer:
         self._closed = True
         return self._outer
 
-    def _greeted(self, fd: int) -> None:
-        """The server's hello, or a part of it."""
-        data = self._get(self._outer)
+    def _hear(self, source: socket.socket) -> tuple[bytes, int] | None:
+        """What one end has said before its first message, once all of it has come."""
+        data = self._get(source)
         if data is None:
-            return
+            return None
         self._hello += data
         try:
-            said = zmtp.hello(bytes(self._hello))
+            return zmtp.hello(bytes(self._hello))  # which bounds how long it can be
         except zmtp.Malformed:
             self.close()
-            return
+            return None
+
+    def _greeted(self, fd: int) -> None:
+        """The server's hello, or a part of it."""
+        said = self._hear(self._outer)
         if said is None:
-            if len(self._hello) > _HELLO_MOST:
-                self.close()
             return
         identity, end = said
         if end == len(self._hello) and self._port.identified(self, identity):
@@ -247,18 +248,8 @@ class _Peer:
     def _answered(self, fd: int) -> None:
         """The kernel's hello, which its peer has had from us."""
         assert self._inner is not None
-        data = self._get(self._inner)
-        if data is None:
-            return
-        self._hello += data
-        try:
-            said = zmtp.hello(bytes(self._hello))
-        except zmtp.Malformed:
-            self.close()
-            return
+        said = self._hear(self._inner)
         if said is None:
-            if len(self._hello) > _HELLO_MOST:
-                self.close()
             return
         rest = bytes(self._hello[said[1] :])
         self._hello.clear()
@@ -277,15 +268,13 @@ class _Peer:
         source, target = self._inner, self._outer
         if fd == self._outer.fileno():
             source, target = target, source
-            self.identity = None  # it has begun to speak to the kernel
         data = self._get(source)
         if data is not None:
             self._port.spoke(self)
             self._pass(source, target, data)
 
     def _pass(self, source: socket.socket, target: socket.socket, data: bytes) -> None:
-        if source is self._inner:
-            self.identity = None
+        self.identity = None
         if not self._put(target, data) and not self._closed:
             self._agent.unwatch_read(source.fileno())
 

@@ -2,8 +2,8 @@
 
 OpenSSH's client keeps what it has not written out yet in one buffer, which grows, and moves up, a
 packet at a time: with 2 MiB in it (its whole window) a packet of 32 KiB costs it 2 ms of computing,
-with little in it 0.05. Whoever sends faster than the client's program reads fills it. A client that
-is far away needs its window to keep the road full; a near one does not.
+over a whole download 0.02. Whoever sends faster than the client's program reads fills it. A client
+that is far away needs its window to keep the road full; a near one does not.
 """
 
 from __future__ import annotations

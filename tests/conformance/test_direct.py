@@ -107,6 +107,17 @@ async def test_questions_are_asked_as_ever(gateway):
             await early.asks()
 
 
+async def at_home(other):
+    """Whether the kernel listens for its stdin channel where its server looks for it."""
+    endpoint = await other.evaluate(
+        "get_ipython().kernel.stdin_socket.getsockopt(__import__('zmq').LAST_ENDPOINT)"
+    )
+    port = await other.evaluate(
+        "__import__('json').load(open(__import__('ipykernel').get_connection_file()))['stdin_port']"
+    )
+    return f":{port}" in endpoint
+
+
 def connections(port):
     """How many there are to a port of 127.0.0.1."""
     ends = [line.split()[2:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -143,14 +154,7 @@ async def test_the_kernel_has_its_port_back(gateway):
         await early.evaluate(
             "1", f"{RELAY}._loop.add_callback({RELAY}.uninstall); {RELAY}.handover.end()"
         )
-        endpoint = await early.evaluate(
-            "get_ipython().kernel.stdin_socket.getsockopt(__import__('zmq').LAST_ENDPOINT)"
-        )
-        port = await early.evaluate(
-            "__import__('json').load(open(__import__('ipykernel').get_connection_file()))"
-            "['stdin_port']"
-        )
-        assert f":{port}" in endpoint
+        assert await at_home(early)
         await until(lambda: carrier(gateway) not in (None, former))
     await proves_alive(collector)
 
@@ -186,3 +190,25 @@ async def test_two_gateways_share_it(gateway, jupyter, tmp_path):
     await proves_alive(other)
     await second.stop()
     await proves_alive(collector)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_agent_that_is_stopped_has_the_port_still(gateway):
+    """A newer relay does not move the channel too: all goes by itself, until the port is back."""
+    collector = await shell(gateway)
+    pid = await agent_pid(collector)
+    async with notebook(gateway) as other:
+        await other.evaluate("1", f"{RELAY}.version = 'an older one'")
+        former = carrier(gateway)
+        os.kill(pid, signal.SIGSTOP)
+        former._channels.transport.abortConnection()
+        await until(lambda: carrier(gateway) not in (None, former))
+        assert await other.evaluate(f"{RELAY}.handover") == "None"
+        os.kill(pid, signal.SIGCONT)
+        await proves_alive(collector)
+        assert not direct(gateway)
+        for _ in range(1000):  # the port comes back by itself, as soon as it is free
+            if await at_home(other):
+                break
+        async with notebook(gateway) as late:
+            await late.asks()
