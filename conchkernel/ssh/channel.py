@@ -14,7 +14,7 @@ import enum
 import struct
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from twisted.conch.ssh.channel import SSHChannel
 from twisted.conch.ssh.connection import (
@@ -29,7 +29,6 @@ from twisted.logger import Logger
 
 from conchkernel.errors import ConchKernelError
 from conchkernel.ssh.fields import string
-from conchkernel.ssh.flight import Flight
 from conchkernel.ssh.replies import Replies
 
 if TYPE_CHECKING:
@@ -137,7 +136,6 @@ class GatewayChannel(SSHChannel):
         # Chunks are (extended type, bytes), what follows data is (-message number, payload).
         self._queue: deque[tuple[int, Data]] = deque()
         self._offset = 0
-        self._flight = Flight(None, self._flow)
         self._outgoing = Outgoing.OPEN
         self._grant: Callable[[int], None] | None = None
         self._granted = 0
@@ -226,10 +224,11 @@ class GatewayChannel(SSHChannel):
             outlet.clear
             and not self._outgoing
             and not self._queue
-            and 0 < size <= self._usable
+            and 0 < size <= self.remoteWindowLeft
             and size <= self.remoteMaxPacket
         ):
-            self._spend(size)
+            self.remoteWindowLeft -= size
+            self._handed += size
             outlet.sendData(self.remoteId, data)
             if self._handed >= self._creditAt:
                 self.credit()
@@ -346,10 +345,9 @@ class GatewayChannel(SSHChannel):
         offset = self._offset
         left = len(data) - offset
         full = self.remoteMaxPacket
-        usable = self._usable
-        size = min(left, usable, full)
+        size = min(left, self.remoteWindowLeft, full)
         if not kind and size == full and runBytes:
-            run = min(left, usable, runBytes)
+            run = min(left, self.remoteWindowLeft, runBytes)
             size = run if run == left else run - run % full
         piece: Data
         if size == left:
@@ -357,8 +355,6 @@ class GatewayChannel(SSHChannel):
             self._offset = 0
             piece = memoryview(data)[offset:] if offset else data
         elif size <= 0:
-            if self.remoteWindowLeft > 0:
-                self._flight.full()
             return False
         else:
             if type(data) is bytearray:
@@ -367,7 +363,8 @@ class GatewayChannel(SSHChannel):
                 queue[0] = (kind, data)
             piece = memoryview(data)[offset : offset + size]
             self._offset = offset + size
-        self._spend(size)
+        self.remoteWindowLeft -= size
+        self._handed += size
         if kind:
             self.outlet.sendExtendedData(self.remoteId, kind, piece)
         elif size > full:
@@ -379,29 +376,9 @@ class GatewayChannel(SSHChannel):
         # A message that follows data needs no window.
         return bool(queue) and (self.remoteWindowLeft > 0 or queue[0][0] < 0)
 
-    def measure(self, reactor: Any) -> None:
-        """Find out whether the client is near. To be called before anything is sent."""
-        self._flight = Flight(reactor, self._flow)
-
-    @property
-    def _usable(self) -> int:
-        """What may be sent now."""
-        flight = self._flight
-        return min(self.remoteWindowLeft, flight.most - flight.bytes)
-
-    def _spend(self, size: int) -> None:
-        self.remoteWindowLeft -= size
-        self._handed += size
-        self._flight.sent(size)
-
     def addWindowBytes(self, data: int) -> None:
         """The client takes ``data`` more bytes of output."""
         self.remoteWindowLeft += data
-        self._flight.returned(data)
-        self._flow()
-
-    def _flow(self) -> None:
-        """More may be sent than before."""
         if self._queue and not self.scheduled:
             self.outlet.schedule(self, False)
         self.credit()
@@ -420,7 +397,7 @@ class GatewayChannel(SSHChannel):
             self.outlet.owe(self)
             return
         handed, granted, cap = self._handed, self._granted, self._creditCap
-        end = handed + max(0, self._usable) + AHEAD_BYTES
+        end = handed + self.remoteWindowLeft + AHEAD_BYTES
         limit = min(end, handed + cap)
         gained = limit - granted
         step = cap >> 3
@@ -466,7 +443,6 @@ class GatewayChannel(SSHChannel):
         self._outgoing = Outgoing.CLOSED
         self._queue.clear()
         self.detach()
-        self._flight.close()
         self.replies.close()
 
     def logPrefix(self) -> str:

@@ -348,7 +348,6 @@ class GatewayConnection(SSHConnection):
         channel.id = local
         channel.conn = self
         channel.outlet = self.outlet
-        channel.measure(getattr(self._factory(), "reactor", None))
         channel.remoteId = sender
         self.channels[local] = channel
         self.transport.sendPacket(
@@ -396,7 +395,6 @@ class GatewayConnection(SSHConnection):
         channel.id = self.localChannelID
         channel.conn = self
         channel.outlet = self.outlet
-        channel.measure(getattr(self._factory(), "reactor", None))
         self.localChannelID += 1
         self.channels[channel.id] = channel
         self.transport.sendPacket(
