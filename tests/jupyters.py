@@ -44,7 +44,7 @@ _STAMP = ".conchkernel-complete"
 _START_SECONDS = 60.0
 _STOP_SECONDS = 15.0
 #: What names every process of a server, its kernels' too.
-_MARK = "CONCHKERNEL_TEST_SERVER"
+MARK = "CONCHKERNEL_TEST_SERVER"
 
 
 @dataclass
@@ -89,11 +89,7 @@ class RunningJupyter:
             except subprocess.TimeoutExpired:
                 _signal_group(self.pid, signal.SIGKILL)
                 self._process.wait()
-        for pid in _marked(self._mark):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        kill_marked(self._mark)
         shutil.rmtree(self._home, ignore_errors=True)
 
 
@@ -104,9 +100,18 @@ def _signal_group(pid: int, number: int) -> None:
         pass
 
 
+def kill_marked(mark: str) -> None:
+    """End the processes that inherited a mark in their environment, as :data:`MARK`."""
+    for pid in _marked(mark):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
 def _marked(mark: str) -> list[int]:
     """The processes that inherited a mark (on Linux; elsewhere kernels see their server end)."""
-    wanted = f"{_MARK}={mark}".encode()
+    wanted = f"{MARK}={mark}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -126,41 +131,45 @@ def venvs_directory() -> Path:
     return Path(named) if named else REPOSITORY / ".cache" / "venvs"
 
 
-def python_of(stack: str) -> Path:
-    """The interpreter of a stack, whose venv is made if need be."""
-    if stack == "current":
-        return Path(sys.executable)
-    requirements = REQUIREMENTS[stack]
-    directory = venvs_directory()
-    directory.mkdir(parents=True, exist_ok=True)
-    venv = directory / stack
-    with open(directory / f"{stack}.lock", "w") as lock:
+def made_once(name: str, requirements: list[str], make: Callable[[Path], None]) -> Path:
+    """A directory that is made on first use, and again when what it shall hold changes.
+
+    :param name: its own, beside the venvs.
+    :param requirements: what it shall hold.
+    :param make: fills the directory, which is empty.
+    """
+    kept = venvs_directory()
+    kept.mkdir(parents=True, exist_ok=True)
+    made = kept / name
+    wanted = "\n".join([f"python {sys.version_info.major}.{sys.version_info.minor}", *requirements])
+    with open(kept / f"{name}.lock", "w") as lock:
         # Several test runs may share the directory; the lock goes with the process.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_complete(venv, requirements):
-            _make(venv, requirements)
-    return venv / "bin" / "python"
+        stamp = made / _STAMP
+        if not stamp.exists() or stamp.read_text() != wanted:
+            if made.is_symlink():
+                made.unlink()
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            make(made)
+            stamp.write_text(wanted)
+    return made
 
 
-def _wanted(requirements: list[str]) -> str:
-    return "\n".join([f"python {sys.version_info.major}.{sys.version_info.minor}", *requirements])
+def venv_of(name: str, requirements: list[str]) -> Path:
+    """The interpreter of a venv that holds ``requirements``, and is made if need be."""
+
+    def make(venv: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+        pip = [venv / "bin" / "python", "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "--disable-pip-version-check", *requirements], check=True)
+
+    return made_once(name, requirements, make) / "bin" / "python"
 
 
-def _is_complete(venv: Path, requirements: list[str]) -> bool:
-    try:
-        return (venv / _STAMP).read_text() == _wanted(requirements)
-    except OSError:
-        return False
-
-
-def _make(venv: Path, requirements: list[str]) -> None:
-    if venv.is_symlink():
-        venv.unlink()
-    shutil.rmtree(venv, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    pip = [venv / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--disable-pip-version-check", *requirements], check=True)
-    (venv / _STAMP).write_text(_wanted(requirements))
+def python_of(stack: str) -> Path:
+    """The interpreter of a stack."""
+    return Path(sys.executable) if stack == "current" else venv_of(stack, REQUIREMENTS[stack])
 
 
 # --- servers -----------------------------------------------------------------------------------
@@ -205,8 +214,8 @@ def _start(stack: str, python: Path, base_url: str, token: str) -> RunningJupyte
         command += ["--ServerApp.open_browser=False", "--allow-root"]
         # Else it answers only to requests for the names of this machine.
         command += ["--ServerApp.allow_remote_access=True"]
-    environment = _environment(home, python)
-    environment |= {"JUPYTER_TOKEN": token, "KG_AUTH_TOKEN": token, _MARK: mark}
+    environment = environment_in(home, python)
+    environment |= {"JUPYTER_TOKEN": token, "KG_AUTH_TOKEN": token, MARK: mark}
 
     def spawn() -> subprocess.Popen[bytes]:
         with open(home / "log", "ab") as log:
@@ -231,7 +240,7 @@ def _start(stack: str, python: Path, base_url: str, token: str) -> RunningJupyte
     return running
 
 
-def _environment(home: Path, python: Path) -> dict[str, str]:
+def environment_in(home: Path, python: Path) -> dict[str, str]:
     """The test's environment, but for what would lead a server to somebody's own files."""
     environment = {
         name: value

@@ -1,0 +1,242 @@
+"""A real JupyterHub for tests: its hub, its proxy, and the users' servers, all on loopback.
+
+The hub lives in a venv of its own, the proxy comes from npm; both are kept beside the venvs of
+:mod:`tests.jupyters`. The proxy is a process by itself, as in a cluster, so that the hub can be
+restarted while the users' servers go on.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+from . import nodejs
+from .jupyters import MARK, environment_in, kill_marked, made_once, venv_of
+
+REQUIREMENTS = ["jupyterhub==6.1.1", "jupyter_server==2.21.1", "ipykernel==7.4.0"]
+REQUIREMENTS += ["tornado==6.6.1", "pyzmq==27.3.0", "jupyter_client==8.10.0"]
+PROXY = "configurable-http-proxy@5.3.0"
+#: What a token must be allowed for us: its user's own servers.
+SCOPES = ["access:servers!user"]
+_START_SECONDS = 60.0
+_STOP_SECONDS = 15.0
+
+_CONFIG = """\
+c.JupyterHub.bind_url = "http://127.0.0.1:{public}/"
+c.JupyterHub.hub_bind_url = "http://127.0.0.1:{hub}/"
+c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{api}"
+c.ConfigurableHTTPProxy.should_start = False
+c.JupyterHub.cleanup_servers = False
+c.JupyterHub.authenticator_class = "dummy"
+c.Authenticator.allow_all = True
+c.JupyterHub.spawner_class = "simple"
+c.SimpleLocalProcessSpawner.home_dir_template = "{home}/users/{{username}}"
+c.Spawner.args = ["--allow-root"]
+c.Spawner.environment = {{
+    "JUPYTERHUB_SINGLEUSER_APP": "jupyter_server.serverapp.ServerApp",
+    "{MARK}": "{mark}",
+}}
+c.JupyterHub.allow_named_servers = True
+c.JupyterHub.services = [{{"name": "tests", "api_token": "{token}"}}]
+c.JupyterHub.load_roles = [{{
+    "name": "tests",
+    "services": ["tests"],
+    "scopes": ["admin:users", "admin:servers", "access:servers", "tokens"],
+}}]
+"""
+
+
+@dataclass
+class RunningHub:
+    """A JupyterHub of ours."""
+
+    url: str
+    """Its root, with a slash at the end."""
+    _token: str = field(repr=False)
+    _home: Path = field(repr=False)
+    _environment: dict[str, str] = field(repr=False)
+    _mark: str = field(repr=False)
+    _proxy: subprocess.Popen[bytes] = field(repr=False)
+    _hub: subprocess.Popen[bytes] = field(repr=False)
+
+    @property
+    def log(self) -> str:
+        """What its processes have printed."""
+        return (self._home / "log").read_text(errors="replace")
+
+    # --- by its REST API ---------------------------------------------------------------------
+
+    def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """One request as an administrator: the answer's status and what it tells."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"token {self._token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}hub/api{path}", data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                told = answer.read()
+                return answer.status, json.loads(told) if told else None
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    def add_user(self, name: str) -> None:
+        """Make a user, whose server does not run yet."""
+        status, told = self.ask("POST", f"/users/{name}")
+        assert status == 201, told
+        (self._home / "users" / name).mkdir(parents=True)
+
+    def token_of(self, name: str, *scopes: str) -> str:
+        """A new token of a user's.
+
+        :param scopes: :data:`SCOPES` if none are given.
+        """
+        wanted = {"scopes": list(scopes) or SCOPES}
+        status, told = self.ask("POST", f"/users/{name}/tokens", wanted)
+        assert status == 201, told
+        return str(told["token"])
+
+    def start_server(self, name: str, server: str = "") -> None:
+        """Start a user's server, and wait until it is ready."""
+        status, told = self.ask("POST", _server_path(name, server))
+        assert status in (201, 202), (told, self.log)
+        self._wait_for_server(name, server, running=True)
+
+    def stop_server(self, name: str, server: str = "") -> None:
+        """Stop a user's server, and wait until it has ended."""
+        status, told = self.ask("DELETE", _server_path(name, server))
+        assert status in (202, 204), (told, self.log)
+        self._wait_for_server(name, server, running=False)
+
+    def _wait_for_server(self, name: str, server: str, *, running: bool) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            _, told = self.ask("GET", f"/users/{name}")
+            model = told["servers"].get(server)
+            if bool(model and model["ready"]) == running and not (model and model["pending"]):
+                return
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
+    # --- its processes -----------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """End the hub and start it again; its proxy and the users' servers go on."""
+        self._hub.terminate()
+        self._hub.wait(_STOP_SECONDS)
+        self._hub = _spawn_hub(self._home, self._environment)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the hub answers through its proxy."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            for process in (self._hub, self._proxy):
+                assert process.poll() is None, self.log
+            try:
+                if self.ask("GET", "/users")[0] == 200:
+                    return
+            except OSError:
+                pass
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End all of it, and remove its files."""
+        for process in (self._hub, self._proxy):
+            process.send_signal(signal.SIGTERM)
+        for process in (self._hub, self._proxy):
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        kill_marked(self._mark)
+        shutil.rmtree(self._home, ignore_errors=True)
+
+
+def _server_path(name: str, server: str) -> str:
+    return f"/users/{name}/servers/{server}" if server else f"/users/{name}/server"
+
+
+def _python() -> Path:
+    return venv_of("hub", REQUIREMENTS)
+
+
+def _proxy_program() -> Path:
+    made = made_once("hub-proxy", [PROXY], lambda made: nodejs.install(made, PROXY))
+    return made / "node_modules" / "configurable-http-proxy" / "bin" / "configurable-http-proxy"
+
+
+def install() -> None:
+    """Install what is missing: it takes longer than a test may."""
+    _python()
+    _proxy_program()
+
+
+def start_hub() -> RunningHub:
+    """Start a hub without users and wait until it answers."""
+    home = Path(tempfile.mkdtemp(prefix="conchkernel-hub-"))
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket()) for _ in range(3)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        public, hub, api = (probe.getsockname()[1] for probe in probes)
+    token, mark = secrets.token_hex(16), secrets.token_hex(8)
+    config = home / "jupyterhub_config.py"
+    config.write_text(
+        _CONFIG.format(
+            public=public, hub=hub, api=api, home=home, token=token, mark=mark, MARK=MARK
+        )
+    )
+    environment = environment_in(home, _python())
+    environment |= {"CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(16), MARK: mark}
+    command = [nodejs.node(), _proxy_program(), "--ip=127.0.0.1", f"--port={public}"]
+    command += ["--api-ip=127.0.0.1", f"--api-port={api}"]
+    command += [f"--default-target=http://127.0.0.1:{hub}", "--error-target"]
+    command += [f"http://127.0.0.1:{hub}/hub/error"]
+    made = RunningHub(
+        f"http://127.0.0.1:{public}/",
+        token,
+        home,
+        environment,
+        mark,
+        _spawn(home, environment, command),
+        _spawn_hub(home, environment),
+    )
+    try:
+        made.wait()
+    except BaseException:
+        made.stop()
+        raise
+    return made
+
+
+def _spawn_hub(home: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return _spawn(home, environment, [_python(), "-m", "jupyterhub", "-f", "jupyterhub_config.py"])
+
+
+def _spawn(
+    home: Path, environment: dict[str, str], command: list[str | Path]
+) -> subprocess.Popen[bytes]:
+    with open(home / "log", "ab") as log:
+        return subprocess.Popen(
+            command,
+            cwd=home,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
