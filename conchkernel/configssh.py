@@ -183,8 +183,8 @@ async def _try(reactor: Any, settings: Settings) -> Settings:
     :returns: the same with the URL of the server's root.
     :raises ConchKernelError: if it cannot be used.
     """
+    from conchkernel.jupyter.discovery import discover
     from conchkernel.jupyter.proxy import make_agent
-    from conchkernel.jupyter.rest import discover
 
     authorities = Path(settings.jupyterCA) if settings.jupyterCA else None
     agent = make_agent(reactor, authorities)

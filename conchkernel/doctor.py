@@ -33,8 +33,8 @@ from conchkernel.errors import (
     TokenRefused,
 )
 from conchkernel.interfaces import IStreamReceiver, ProcessRequest
+from conchkernel.jupyter.discovery import discover
 from conchkernel.jupyter.proxy import make_agent, proxy_for
-from conchkernel.jupyter.rest import discover
 from conchkernel.jupyter.urls import candidates, redact
 from conchkernel.names import defaultStateDir, named
 from conchkernel.ssh import hostkeys
@@ -170,7 +170,8 @@ async def _askServer(reactor: Any, settings: Settings) -> None:
         client = await discover(reactor, settings.url, agent=agent)
         _tell("ok", "server", f"{urlsplit(url).netloc} answers")
         _tell("ok", "TLS", "with a certificate that we believe" if secure else "none, by the URL")
-        _tell("ok", "Jupyter", await client.version())
+        base = redact(client.location.base)
+        _tell("ok", "Jupyter", f"{await client.version()} at {base}")
         specs = await client.kernelspecs()
     except TLSRefused as error:
         _tell("ok", "server", f"{urlsplit(url).netloc} answers")

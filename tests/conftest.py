@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from twisted.logger import LogEvent
     from twisted.python.failure import Failure
 
-#: Servers of other ages and kinds than the one that is installed beside us; what tunnels lead
-#: to; and who is attacked.
-pytest_plugins = ("tests.jupyters", "tests.peers", "tests.underattack")
+#: Servers of other ages and kinds than the one that is installed beside us, and a JupyterHub; what
+#: tunnels lead to; and who is attacked.
+pytest_plugins = ("tests.jupyters", "tests.jupyterhubs", "tests.peers", "tests.underattack")
 
 
 class LoggedFailures:

@@ -20,10 +20,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from . import nodejs
 from .jupyters import MARK, environment_in, kill_marked, made_once, venv_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REQUIREMENTS = ["jupyterhub==6.1.1", "jupyter_server==2.21.1", "ipykernel==7.4.0"]
 REQUIREMENTS += ["tornado==6.6.1", "pyzmq==27.3.0", "jupyter_client==8.10.0"]
@@ -34,7 +39,7 @@ _START_SECONDS = 60.0
 _STOP_SECONDS = 15.0
 
 _CONFIG = """\
-c.JupyterHub.bind_url = "http://127.0.0.1:{public}/"
+c.JupyterHub.bind_url = "http://127.0.0.1:{public}{base_url}"
 c.JupyterHub.hub_bind_url = "http://127.0.0.1:{hub}/"
 c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{api}"
 c.ConfigurableHTTPProxy.should_start = False
@@ -49,6 +54,8 @@ c.Spawner.environment = {{
     "{MARK}": "{mark}",
 }}
 c.JupyterHub.allow_named_servers = True
+# A POST that starts a server need not wait for it.
+c.JupyterHub.tornado_settings = {{"slow_spawn_timeout": 0.05}}
 c.JupyterHub.services = [{{"name": "tests", "api_token": "{token}"}}]
 c.JupyterHub.load_roles = [{{
     "name": "tests",
@@ -107,24 +114,27 @@ class RunningHub:
         assert status == 201, told
         return str(told["token"])
 
-    def start_server(self, name: str, server: str = "") -> None:
-        """Start a user's server, and wait until it is ready."""
-        status, told = self.ask("POST", _server_path(name, server))
-        assert status in (201, 202), (told, self.log)
-        self._wait_for_server(name, server, running=True)
+    def start_servers(self, *servers: str) -> None:
+        """Start servers, ``NAME`` or ``NAME/SERVER``, and wait until they are ready."""
+        for server in servers:
+            status, told = self.ask("POST", _server_path(server))
+            assert status in (201, 202), (told, self.log)
+        for server in servers:
+            self._wait_for_server(server, running=True)
 
-    def stop_server(self, name: str, server: str = "") -> None:
-        """Stop a user's server, and wait until it has ended."""
-        status, told = self.ask("DELETE", _server_path(name, server))
+    def stop_server(self, server: str) -> None:
+        """Stop a server, and wait until it has ended."""
+        status, told = self.ask("DELETE", _server_path(server))
         assert status in (202, 204), (told, self.log)
-        self._wait_for_server(name, server, running=False)
+        self._wait_for_server(server, running=False)
 
-    def _wait_for_server(self, name: str, server: str, *, running: bool) -> None:
+    def _wait_for_server(self, server: str, *, running: bool) -> None:
+        name, _, server = server.partition("/")
         deadline = time.monotonic() + _START_SECONDS
         while True:
             _, told = self.ask("GET", f"/users/{name}")
-            model = told["servers"].get(server)
-            if bool(model and model["ready"]) == running and not (model and model["pending"]):
+            model = told["servers"].get(server) or {"ready": False, "pending": None}
+            if model["ready"] == running and not model["pending"]:
                 return
             assert time.monotonic() < deadline, self.log
             time.sleep(0.05)
@@ -166,7 +176,8 @@ class RunningHub:
         shutil.rmtree(self._home, ignore_errors=True)
 
 
-def _server_path(name: str, server: str) -> str:
+def _server_path(server: str) -> str:
+    name, _, server = server.partition("/")
     return f"/users/{name}/servers/{server}" if server else f"/users/{name}/server"
 
 
@@ -179,14 +190,12 @@ def _proxy_program() -> Path:
     return made / "node_modules" / "configurable-http-proxy" / "bin" / "configurable-http-proxy"
 
 
-def install() -> None:
-    """Install what is missing: it takes longer than a test may."""
-    _python()
-    _proxy_program()
+def start_hub(base_url: str = "/", *lines: str) -> RunningHub:
+    """Start a hub without users and wait until it answers.
 
-
-def start_hub() -> RunningHub:
-    """Start a hub without users and wait until it answers."""
+    :param base_url: the path of its root.
+    :param lines: more of its configuration.
+    """
     home = Path(tempfile.mkdtemp(prefix="conchkernel-hub-"))
     with ExitStack() as stack:
         probes = [stack.enter_context(socket()) for _ in range(3)]
@@ -195,19 +204,17 @@ def start_hub() -> RunningHub:
         public, hub, api = (probe.getsockname()[1] for probe in probes)
     token, mark = secrets.token_hex(16), secrets.token_hex(8)
     config = home / "jupyterhub_config.py"
-    config.write_text(
-        _CONFIG.format(
-            public=public, hub=hub, api=api, home=home, token=token, mark=mark, MARK=MARK
-        )
-    )
+    values = {"public": public, "hub": hub, "api": api, "home": home, "base_url": base_url}
+    values |= {"token": token, "mark": mark, "MARK": MARK}
+    config.write_text(_CONFIG.format(**values) + "".join(f"{line}\n" for line in lines))
     environment = environment_in(home, _python())
     environment |= {"CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(16), MARK: mark}
     command = [nodejs.node(), _proxy_program(), "--ip=127.0.0.1", f"--port={public}"]
     command += ["--api-ip=127.0.0.1", f"--api-port={api}"]
     command += [f"--default-target=http://127.0.0.1:{hub}", "--error-target"]
-    command += [f"http://127.0.0.1:{hub}/hub/error"]
+    command += [f"http://127.0.0.1:{hub}{base_url}hub/error"]
     made = RunningHub(
-        f"http://127.0.0.1:{public}/",
+        f"http://127.0.0.1:{public}{base_url}",
         token,
         home,
         environment,
@@ -221,6 +228,22 @@ def start_hub() -> RunningHub:
         made.stop()
         raise
     return made
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Install what is missing before the first test: it takes longer than a test may."""
+    items = session.items if not session.config.option.collectonly else []
+    if any("jupyterhub" in getattr(item, "fixturenames", ()) for item in items):
+        _python()
+        _proxy_program()
+
+
+@pytest.fixture(scope="session")
+def jupyterhub() -> Iterator[RunningHub]:
+    """One for the whole run; each test has users of its own."""
+    made = start_hub()
+    yield made
+    made.stop()
 
 
 def _spawn_hub(home: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:

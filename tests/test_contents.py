@@ -33,8 +33,9 @@ from conchkernel.files import (
 from conchkernel.jupyter import contents_http, contents_spool, contents_writing
 from conchkernel.jupyter.contents import ContentsFileStore, clean
 from conchkernel.jupyter.contents_rest import quoted
+from conchkernel.jupyter.discovery import discover
 from conchkernel.jupyter.proxy import make_agent
-from conchkernel.jupyter.rest import JupyterClient, discover
+from conchkernel.jupyter.rest import JupyterClient
 from conchkernel.jupyter.urls import JupyterLocation
 from tests.jupyters import start_jupyter
 

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conchkernel.errors import ConfigurationError
-from conchkernel.jupyter.urls import MAX_CANDIDATES, JupyterLocation, candidates, redact
+from conchkernel.jupyter.urls import (
+    MAX_CANDIDATES,
+    JupyterLocation,
+    candidates,
+    redact,
+    spawn_page,
+)
 
 H = "http://host:8888"
 
@@ -35,7 +41,6 @@ H = "http://host:8888"
                 "https://hub.example.org",
             ],
         ),
-        (f"{H}/hub/user/alice/", "", [f"{H}/user/alice", f"{H}/user", H]),
         (
             f"{H}/user/lab/tree/x/y/z.ipynb",
             "",
@@ -177,3 +182,18 @@ def test_locationHidesItsSecrets() -> None:
 def test_redact(text: str, redacted: str) -> None:
     """Secrets are taken out of any text, the rest stays."""
     assert redact(text) == redacted
+
+
+@pytest.mark.parametrize(
+    ("base", "page"),
+    [
+        (f"{H}/user/ann", f"{H}/hub/spawn/ann"),
+        (f"{H}/user/ann/gpu", f"{H}/hub/spawn/ann/gpu"),
+        (f"{H}/a/user/user/b%2Fc", f"{H}/a/user/hub/spawn/b%2Fc"),
+        (f"{H}/a/user/b/c/d", f"{H}/"),
+        (f"{H}/elsewhere", f"{H}/"),
+    ],
+)
+def test_spawnPage(base: str, page: str) -> None:
+    """Where a hub starts a server, which is beside its users."""
+    assert spawn_page(base) == page

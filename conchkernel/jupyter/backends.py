@@ -30,10 +30,11 @@ from conchkernel.errors import (
 from conchkernel.files import IFileStore
 from conchkernel.interfaces import IBackend, IKernelLink
 from conchkernel.jupyter.contents import ContentsFileStore
+from conchkernel.jupyter.discovery import discover
 from conchkernel.jupyter.kernel import KernelRoad
 from conchkernel.jupyter.link import Link
 from conchkernel.jupyter.proxy import RoadAgent, make_agent
-from conchkernel.jupyter.rest import JupyterClient, discover
+from conchkernel.jupyter.rest import JupyterClient
 from conchkernel.jupyter.sharing import Sharing, Unshared
 from conchkernel.jupyter.uses import LinkUse
 

@@ -387,7 +387,7 @@ class RoadAgent:
 
 
 def make_agent(reactor: Any, ca_file: Path | None = None) -> RoadAgent:
-    """The agent for :func:`conchkernel.jupyter.rest.discover`. Close it in the end.
+    """The agent for :func:`conchkernel.jupyter.discovery.discover`. Close it in the end.
 
     :raises ConfigurationError: if ``ca_file`` cannot be used.
     """

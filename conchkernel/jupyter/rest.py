@@ -1,4 +1,4 @@
-"""A Jupyter server's REST API, as far as a gateway needs it: find it, and have kernels.
+"""A Jupyter server's REST API, as far as a gateway needs it: to have kernels.
 
 Every request has a deadline and a bounded answer, follows no redirect (it would carry the token to
 a place nobody named), and every failure becomes one sentence of :mod:`conchkernel.errors` that says
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
-from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.web.client import ResponseDone, ResponseFailed
 from twisted.web.http import PotentialDataLoss
@@ -31,7 +31,7 @@ from conchkernel.errors import (
     TokenRefused,
 )
 from conchkernel.jupyter.reasons import unreachable
-from conchkernel.jupyter.urls import JupyterLocation, candidates, redact
+from conchkernel.jupyter.urls import JupyterLocation, redact, spawn_page
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 REQUEST_SECONDS = 15.0
 #: For a kernel to start; the server's own patience is 60 s.
 START_SECONDS = 65.0
-#: For finding the server, all probes together: below the 30 s after which a start has failed.
-DISCOVER_SECONDS = 25.0
 #: No answer that a gateway asks for is longer; icons in a kernelspec are links.
 MAX_BODY_BYTES = 16 * 1024 * 1024
 #: How much of a server's own words goes into an error.
@@ -71,16 +69,23 @@ class KernelSpecs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
+    """A whole answer to one request, whatever it says."""
+
     status: int
     headers: Headers
     body: bytes
 
     def header(self, name: str) -> str:
+        """The first value of a header, or nothing."""
         values = self.headers.getRawHeaders(name.encode("ascii"), [b""])
         return values[0].decode("latin-1") if values else ""
 
     def json(self) -> Any:
+        """What it tells.
+
+        :raises NotJupyter: if that is not JSON.
+        """
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -180,7 +185,7 @@ class JupyterClient:
         body: object | None = None,
         *,
         seconds: float = REQUEST_SECONDS,
-    ) -> _Answer:
+    ) -> Answer:
         """One request, whatever the answer's status.
 
         :raises JupyterUnreachable: if there is no whole answer in time.
@@ -205,7 +210,7 @@ class JupyterClient:
             collected.addTimeout(seconds, self._reactor)
             collector = _Body(collected, MAX_BODY_BYTES)
             response.deliverBody(collector)
-            return _Answer(response.code, response.headers, await collected)
+            return Answer(response.code, response.headers, await collected)
         except (ConchKernelError, GeneratorExit):
             raise
         except Exception as error:
@@ -219,7 +224,7 @@ class JupyterClient:
         *,
         seconds: float = REQUEST_SECONDS,
         absent: bool = False,
-    ) -> _Answer | None:
+    ) -> Answer | None:
         """One request that must succeed; ``None`` for what is gone if ``absent`` allows it.
 
         Gone is 404, and 410 for a session whose kernel went before it.
@@ -227,9 +232,9 @@ class JupyterClient:
         answer = await self.call(method, path, body, seconds=seconds)
         if 200 <= answer.status < 300:
             return answer
-        if absent and answer.status in (404, 410) and not _from_hub(answer):
+        if absent and answer.status in (404, 410) and not from_hub(answer):
             return None
-        if answer.status == 404 and not path.startswith("/api/kernels/") and not _from_hub(answer):
+        if answer.status == 404 and not path.startswith("/api/kernels/") and not from_hub(answer):
             raise NotJupyter(f"the Jupyter server has no {path}; check the URL")
         raise refusal(answer, self.location)
 
@@ -241,7 +246,7 @@ class JupyterClient:
         :raises NotJupyter: if it tells none.
         """
         answer = await self._ask("GET", "/api")
-        version = _version(answer)
+        version = version_of(answer)
         if version is None:
             raise NotJupyter("the server tells no Jupyter version; check the URL")
         return version
@@ -297,17 +302,17 @@ class JupyterClient:
         kernel = {} if name is None else {"name": name}
         body = {"path": path, "name": path, "type": "console", "kernel": kernel}
         answer = await self.call("POST", "/api/sessions", body, seconds=START_SECONDS)
-        if answer.status in (404, 405, 500) and not _from_hub(answer):
+        if answer.status in (404, 405, 500) and not from_hub(answer):
             return await self.create_kernel(name)
         told = self._created(answer).json()
         if not isinstance(told, dict) or not isinstance(told.get("id"), str):
             raise NotJupyter("the server's answer is not Jupyter's; check the URL")
         return _kernel(told.get("kernel"), told["id"])
 
-    def _created(self, answer: _Answer) -> _Answer:
+    def _created(self, answer: Answer) -> Answer:
         if answer.status in (200, 201):
             return answer
-        if answer.status == 401 or _from_hub(answer):
+        if answer.status == 401 or from_hub(answer):
             raise refusal(answer, self.location)
         # The token has been proved before; a 403 here is about kernels (a gateway's limit).
         raise KernelRefused(f"the Jupyter server would not start a kernel ({answer.reason()})")
@@ -339,7 +344,7 @@ def _kernel(told: Any, session: str | None = None) -> KernelModel:
     return KernelModel(told["id"], str(told.get("name") or ""), session)
 
 
-def _version(answer: _Answer | None) -> str | None:
+def version_of(answer: Answer | None) -> str | None:
     """The version that an answer of ``/api`` tells, if it is one."""
     if answer is None or answer.status != 200:
         return None
@@ -351,7 +356,7 @@ def _version(answer: _Answer | None) -> str | None:
     return version if isinstance(version, str) and version else None
 
 
-def _from_hub(answer: _Answer) -> bool:
+def from_hub(answer: Answer) -> bool:
     """Whether a JupyterHub answers in the place of somebody's server."""
     if answer.status in (302, 303, 307) and "/hub/" in answer.header("Location"):
         return True
@@ -361,9 +366,9 @@ def _from_hub(answer: _Answer) -> bool:
     return answer.status in (404, 424, 503) and b"jupyterhub" in answer.body[:65536].lower()
 
 
-def refusal(answer: _Answer, location: JupyterLocation) -> JupyterError:
+def refusal(answer: Answer, location: JupyterLocation) -> JupyterError:
     """What a failed request means."""
-    return refusal_of(answer.status, location, hub=_from_hub(answer), reason=answer.reason())
+    return refusal_of(answer.status, location, hub=from_hub(answer), reason=answer.reason())
 
 
 def refusal_of(
@@ -375,8 +380,9 @@ def refusal_of(
     """
     host = urlsplit(location.base).netloc
     if hub or status == 424:
+        page = redact(spawn_page(location.base))
         return KernelRefused(
-            f"the Jupyter server at {host} is not running; start it in the hub and try again"
+            f"the Jupyter server at {host} is not running; start it at {page} and try again"
         )
     if status in (401, 403) or status in (301, 302, 303, 307):
         # Older servers send who is not logged in to their login page.
@@ -389,66 +395,3 @@ def refusal_of(
             f"the proxy at {host} cannot reach its Jupyter server (HTTP {status})"
         )
     return KernelRefused(f"the Jupyter server at {host} failed ({reason or f'HTTP {status}'})")
-
-
-async def discover(reactor: Any, text: str, *, agent: RoadAgent) -> JupyterClient:
-    """Find the server that a pasted URL means, and prove its token.
-
-    :param text: see :func:`~conchkernel.jupyter.urls.candidates`.
-    :raises ConfigurationError: if ``text`` is no URL.
-    :raises JupyterError: in under 30 s, saying what is wrong.
-    """
-    searching = Deferred.fromCoroutine(_discover(reactor, candidates(text), agent))
-    searching.addTimeout(DISCOVER_SECONDS, reactor)
-    try:
-        return await searching
-    except TimeoutError:
-        host = urlsplit(candidates(text)[0].base).netloc
-        raise JupyterUnreachable(f"{host} does not answer in time; check the URL") from None
-
-
-async def _discover(
-    reactor: Any, locations: list[JupyterLocation], agent: RoadAgent, *, upgraded: bool = False
-) -> JupyterClient:
-    refused: list[JupyterError] = []
-    for location in locations:
-        client = JupyterClient(reactor, location, agent)
-        answer = await client.call("GET", "/api")
-        if _version(answer) is not None:
-            await client.kernelspecs()
-            return client
-        if not upgraded and _moved_to_https(answer, location):
-            secure = [
-                JupyterLocation(one.base.replace("http://", "https://", 1), one.token)
-                for one in locations
-            ]
-            return await _discover(reactor, secure, agent, upgraded=True)
-        if _from_hub(answer) or answer.status in (401, 403, 424, 502, 503, 504):
-            refused.append(refusal(answer, location))
-    for kind in (KernelRefused, TokenRefused, JupyterUnreachable):
-        # What a hub says of a server weighs more than what its root says of us.
-        for error in refused:
-            if isinstance(error, kind):
-                raise error
-    host = urlsplit(locations[0].base).netloc
-    raise NotJupyter(
-        f"{host} answers, but not as a Jupyter server; paste the URL that a browser shows for it"
-    )
-
-
-def _moved_to_https(answer: _Answer, location: JupyterLocation) -> bool:
-    """Whether the host says that it wants TLS. (With a port in the URL there is another one.)"""
-    if answer.status not in (301, 302, 307, 308) or not location.base.startswith("http://"):
-        return False
-    try:
-        target = urlsplit(urljoin(location.base, answer.header("Location")))
-        port = target.port
-    except ValueError:
-        return False
-    here = urlsplit(location.base)
-    return (
-        target.scheme == "https"
-        and target.hostname == here.hostname
-        and here.port is None
-        and port in (None, 443)
-    )

@@ -1,8 +1,8 @@
 """Jupyter URLs as people paste them, and the base URLs they may mean.
 
 Sans-IO. A pasted URL says where somebody looked, not where the server's root is: that is found by
-asking (:func:`conchkernel.jupyter.rest.discover`), and this module says in which order. What goes
-to a log goes through :func:`redact` first.
+asking (:mod:`conchkernel.jupyter.discovery`), and this module says in which order. What goes to a
+log goes through :func:`redact` first.
 """
 
 from __future__ import annotations
@@ -86,9 +86,18 @@ def candidates(text: str) -> list[JupyterLocation]:
         raise ConfigurationError("the Jupyter URL is not a URL; paste one from a browser")
     scheme, origin, path, query, fragment = _split(text)
     token = _token(query) or _token(fragment)
-    return [
-        JupyterLocation(f"{scheme}://{origin}{base}", token) for base in _bases(_segments(path))
-    ]
+    segments = [quote(segment, safe=_PATH_SAFE) for segment in path.split("/") if segment]
+    return [JupyterLocation(f"{scheme}://{origin}{base}", token) for base in _bases(segments)]
+
+
+def spawn_page(base: str) -> str:
+    """Where a JupyterHub starts the server of a base URL, ``.../user/NAME`` or
+    ``.../user/NAME/SERVER``; elsewhere the host's root."""
+    root, separator, server = base.rpartition("/user/")
+    if separator and server.count("/") < 2:
+        return f"{root}/hub/spawn/{server}"
+    parts = urlsplit(base)
+    return f"{parts.scheme}://{parts.netloc}/"
 
 
 def _split(text: str) -> tuple[str, str, str, str, str]:
@@ -145,14 +154,6 @@ def _token(parameters: str) -> str:
                 raise ConfigurationError("the token in the Jupyter URL has impossible characters")
             return value
     return ""
-
-
-def _segments(path: str) -> list[str]:
-    segments = [quote(segment, safe=_PATH_SAFE) for segment in path.split("/") if segment]
-    if segments[:2] == ["hub", "user"]:
-        # The hub's page about a server, not the server.
-        del segments[0]
-    return segments
 
 
 def _bases(segments: list[str]) -> list[str]:
