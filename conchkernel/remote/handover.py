@@ -3,7 +3,8 @@
 ipykernel gets another socket for the channel, at another port of the same host, and the agent leads
 everybody's connection through to that, so that ``input()`` works as ever. When the agent is gone,
 it gets one at the old port again. Whoever was connected connects again by itself, as ZeroMQ does; a
-socket that only left its port (``unbind``) would keep its connections open, and deaf.
+socket that only left its port (``unbind``) would keep its connections open, and deaf. Meanwhile a
+question waits for whoever is to answer it, and so does an answer.
 
 Standard library only, any Python from 3.8; runs in the kernel, beside the relay.
 """
@@ -25,6 +26,8 @@ _MAIN_SECONDS = 2.0
 #: ZeroMQ connects again after 100 ms; who has not by then will not.
 _CLAIM_SECONDS = 1.0
 _AGAIN_SECONDS = 1.0
+#: How long a question waits for the connection of who is to answer it.
+_ASK_SECONDS = 2.0
 _TRIES, _TRY_SECONDS = 100, 0.01
 _LENGTH = struct.Struct(">I")
 
@@ -40,6 +43,9 @@ class Handover:
         self._zmq: Any = importlib.import_module("zmq")  # the kernel's own
         self._main = main
         self._lock = threading.Lock()
+        self._moving = threading.Lock()
+        self._socket = _patient(self._zmq, kernel)
+        self._linger = -1
         self._outer = ""
         #: Where the channel is instead; 0 while it is where it belongs.
         self._inner = 0
@@ -92,7 +98,8 @@ class Handover:
                     self.leave()  # by a newer relay meanwhile, which lends the port itself
                 return True
         door.close()
-        self._main.add_callback(self._restore)
+        # Behind a _move that the main thread comes to only now.
+        self._main.add_callback(threading.Thread(target=self._come_back, daemon=True).start)
         return False
 
     def _watch(self, door: socket.socket) -> None:
@@ -104,7 +111,11 @@ class Handover:
         self._door = None
         door.close()
         self._left.set()
-        self._main.add_callback(self._restore)
+        self._come_back()
+
+    def _come_back(self) -> None:
+        while not self._restore():
+            time.sleep(_AGAIN_SECONDS)  # somebody has the port still, or was quick to take it
 
     def leave(self) -> bool:
         """Ask the agent for the port, if it has it; on any thread. It comes back by itself."""
@@ -116,45 +127,30 @@ class Handover:
             pass  # it has just done so
         return door is not None
 
-    # --- in the main thread ------------------------------------------------------------------
-
-    def _move(self, moved: threading.Event) -> None:
-        """Leave the port, where the channel is one that the agent can stand in for."""
-        channel: Any = getattr(self._kernel, "stdin_socket", None)
-        try:
-            endpoint = channel.getsockopt(self._zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
-            if (
-                not self._inner
-                and not self._ended
-                and endpoint.startswith("tcp://")
-                and channel.getsockopt(self._zmq.MECHANISM) == self._zmq.NULL
-            ):
-                inner = self._replace("tcp://127.0.0.1:*")
-                self._outer, self._inner = endpoint, _port(inner)[1]
-        except Exception:
-            self._kernel.log.debug("conchkernel: the stdin channel stays", exc_info=True)
-        moved.set()
-
-    def _restore(self) -> None:
-        """Listen where the kernel's server looks for it. Idempotent."""
-        if not self._inner or self._door is not None:
-            return
-        try:
-            self._replace(self._outer)
-        except self._zmq.ZMQError:
-            # Somebody has the port still, or was quick to take it.
-            self._kernel.log.debug("conchkernel: the stdin channel", exc_info=True)
-            self._main.call_later(_AGAIN_SECONDS, self._restore)
-        else:
-            self._inner = 0
+    def _restore(self) -> bool:
+        """Listen where the kernel's server looks for it; whether it does, or the agent. On any
+        thread: the main one may be in an ``input()``, which looks for its answer at the kernel's
+        socket of the moment every 10 ms.
+        """
+        with self._moving:
+            if self._inner and self._door is None:
+                try:
+                    # The former one closes with its last user.
+                    self._replace(self._outer)
+                except self._zmq.ZMQError:
+                    self._kernel.log.debug("conchkernel: the stdin channel", exc_info=True)
+                    return False
+                self._inner = 0
+        return True
 
     def _replace(self, endpoint: str) -> str:
         """Give the kernel another socket, bound to ``endpoint``; gives what that has become."""
         former = self._kernel.stdin_socket
-        fresh = former.context.socket(self._zmq.ROUTER)
+        fresh = self._socket(former.context, self._zmq.ROUTER)
         try:
-            fresh.linger = former.linger
+            fresh.linger = self._linger
             fresh.setsockopt(self._zmq.ROUTER_HANDOVER, 1)  # as ipykernel has it
+            fresh.setsockopt(self._zmq.ROUTER_MANDATORY, 1)
             fresh.bind(endpoint)
         except BaseException:
             fresh.close(0)
@@ -163,8 +159,29 @@ class Handover:
         for owner in owners:
             if getattr(owner, "stdin_socket", None) is former:
                 owner.stdin_socket = fresh
-        former.close()
         return str(fresh.getsockopt(self._zmq.LAST_ENDPOINT).rstrip(b"\0").decode())
+
+    # --- in the main thread ------------------------------------------------------------------
+
+    def _move(self, moved: threading.Event) -> None:
+        """Leave the port, where the channel is one that the agent can stand in for."""
+        channel: Any = getattr(self._kernel, "stdin_socket", None)
+        try:
+            endpoint = channel.getsockopt(self._zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+            with self._moving:
+                if (
+                    not self._inner
+                    and not self._ended
+                    and endpoint.startswith("tcp://")
+                    and channel.getsockopt(self._zmq.MECHANISM) == self._zmq.NULL
+                ):
+                    self._linger = channel.linger
+                    inner = self._replace("tcp://127.0.0.1:*")
+                    self._outer, self._inner = endpoint, _port(inner)[1]
+                    channel.close()
+        except Exception:
+            self._kernel.log.debug("conchkernel: the stdin channel stays", exc_info=True)
+        moved.set()
 
     def end(self) -> bool:
         """Take the port back from the agent, and wait for it. It is not lent again.
@@ -177,6 +194,35 @@ class Handover:
             self._left.wait(_MAIN_SECONDS)
         self._restore()
         return not self._inner
+
+
+def _patient(zmq: Any, kernel: Any) -> Any:
+    """A class of sockets for the channel, which lose no question.
+
+    A ROUTER drops what it has no connection for; but to ask first and to be connected then is
+    usual: a cell runs as soon as the shell channel is there, and when the channel has just moved,
+    its clients are on their way.
+    """
+
+    class StdinSocket(zmq.Socket):
+        def send_multipart(self, *args: Any, **kwargs: Any) -> Any:
+            until = time.monotonic() + _ASK_SECONDS
+            while True:
+                # It may be another by now: where the client looks for it.
+                channel = kernel.stdin_socket if type(kernel.stdin_socket) is StdinSocket else self
+                try:
+                    return super(StdinSocket, channel).send_multipart(*args, **kwargs)
+                except zmq.ZMQError as error:
+                    if error.errno != zmq.EHOSTUNREACH:
+                        raise
+                if time.monotonic() > until:
+                    return None  # as a ROUTER does
+                time.sleep(_TRY_SECONDS)
+
+        def __del__(self) -> None:
+            self.close()
+
+    return StdinSocket
 
 
 def _port(endpoint: str) -> tuple[str, int]:

@@ -20,6 +20,9 @@ from .test_survival import carrier, gateway, proves_alive, road, shell, until
 
 __all__ = ["gateway"]
 
+PORT = (
+    "__import__('json').load(open(__import__('ipykernel').get_connection_file()))['stdin_port']"
+)
 RELAY = "__import__('sys').modules['_conchkernel_relay'].relay"
 
 
@@ -28,21 +31,30 @@ class Notebook:
 
     def __init__(self, channels):
         self.channels = channels
+        #: Where questions wait, if they are not answered at once.
+        self.holds = None
         self._usual = channels.messageReceived
         channels.messageReceived = self._received
 
     def _received(self, data, start, end, isBinary):
         message = framing.unpack(data[start:end])
         if b'"input_request"' in message.header:
-            header = {**json.loads(message.header), "msg_type": "input_reply"}
-            content = {"value": json.loads(message.content)["prompt"][::-1]}
-            parts = (json.dumps(part).encode() for part in (header, {}, {}, content))
-            self.channels.sendParts((framing.pack(Message("stdin", *parts)),))
+            if self.holds is None:
+                self.answer(message)
+            else:
+                self.holds.append(message)
         self._usual(data, start, end, isBinary)
 
-    async def asks(self):
+    def answer(self, question):
+        """Say it backwards."""
+        header = {**json.loads(question.header), "msg_type": "input_reply"}
+        content = {"value": json.loads(question.content)["prompt"][::-1]}
+        parts = (json.dumps(part).encode() for part in (header, {}, {}, content))
+        self.channels.sendParts((framing.pack(Message("stdin", *parts)),))
+
+    async def asks(self, first="pass"):
         """The kernel asks, and has its answer."""
-        code = "answer = input('palindrome')"
+        code = f"{first}\nanswer = input('palindrome')"
         assert await self.evaluate("answer", code) == "'emordnilap'"
 
     async def evaluate(self, expression, code=""):
@@ -98,13 +110,47 @@ async def test_questions_are_asked_as_ever(gateway):
         former = carrier(gateway)
         os.kill(await agent_pid(collector), signal.SIGKILL)
         await until(lambda: carrier(gateway) not in (None, former))
-        # ZeroMQ connects again by itself; until then the kernel's question would reach nobody.
-        inner = int(await early.evaluate(f"{RELAY}.handover._inner"))
-        await until(lambda: connections(inner))
         await early.asks()
         async with notebook(gateway) as late:
             await late.asks()
             await early.asks()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_question_waits_for_who_answers_it(gateway, tmp_path):
+    """The kernel asks before the connection that the agent leads through to it is there."""
+    collector = await shell(gateway)
+    pid = await agent_pid(collector)
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        async with notebook(gateway) as other:
+            asking = tmp_path / "asking"
+            answered = Deferred.fromCoroutine(other.asks(f"open({str(asking)!r}, 'w').close()"))
+            await until(asking.exists)
+            os.kill(pid, signal.SIGCONT)
+            await answered
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_answer_outlives_the_agent(gateway):
+    """Who was asked answers when the agent that led the question through is gone."""
+    collector = await shell(gateway)
+    async with notebook(gateway) as other:
+        former = carrier(gateway)
+        pid = await agent_pid(collector)
+        port = int(await other.evaluate(PORT))
+        other.holds = asked = []
+        answered = Deferred.fromCoroutine(other.asks())
+        await until(lambda: asked)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: ended(pid))
+        # The server's ZeroMQ connects again by itself, at the port that the kernel has again.
+        await until(lambda: connections(port))
+        other.answer(asked.pop())
+        await answered
+        await until(lambda: carrier(gateway) not in (None, former))
 
 
 async def at_home(other):
@@ -112,16 +158,22 @@ async def at_home(other):
     endpoint = await other.evaluate(
         "get_ipython().kernel.stdin_socket.getsockopt(__import__('zmq').LAST_ENDPOINT)"
     )
-    port = await other.evaluate(
-        "__import__('json').load(open(__import__('ipykernel').get_connection_file()))['stdin_port']"
-    )
+    port = await other.evaluate(PORT)
     return f":{port}" in endpoint
 
 
 def connections(port):
-    """How many there are to a port of 127.0.0.1."""
-    ends = [line.split()[2:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    """How many there are at a port of 127.0.0.1."""
+    ends = [line.split()[1:4:2] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return ends.count([f"0100007F:{port:04X}", "01"])
+
+
+def ended(pid):
+    """Whether a process has closed all that it had open."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 async def agent_pid(collector):
