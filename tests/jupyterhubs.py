@@ -60,7 +60,7 @@ c.JupyterHub.services = [{{"name": "tests", "api_token": "{token}"}}]
 c.JupyterHub.load_roles = [{{
     "name": "tests",
     "services": ["tests"],
-    "scopes": ["admin:users", "admin:servers", "access:servers", "tokens"],
+    "scopes": ["admin:users", "admin:servers", "access:servers", "tokens", "proxy"],
 }}]
 """
 

@@ -44,6 +44,9 @@ async def test_an_unknown_kernel_name_is_answered_with_the_known_ones(currentJup
     )
     with pytest.raises(KernelRefused, match=r"no kernel named fortran; it has .*python3"):
         await backend.start()
+    # Who comes while the start is tried again and again is told why.
+    with pytest.raises(LinkLost, match="no kernel named fortran"):
+        await backend.connect("owner")
     await backend.stop()
 
 

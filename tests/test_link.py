@@ -22,6 +22,7 @@ from conchkernel.interfaces import (
     TCPAddress,
     WindowSize,
 )
+from conchkernel.jupyter import link
 from conchkernel.loopback import LoopbackBackend
 
 from .collector import Collector
@@ -176,12 +177,32 @@ async def test_streams_end_with_a_sentence_when_the_link_stays_away(start):
     backend.carrier.transport.abortConnection()
     await collector.untilClosed()
     assert isinstance(collector.reason, LinkLost)
-    assert "lost" in str(collector.reason)
+    assert "has been lost for 0 seconds: no road" in str(collector.reason)
     assert collector.exit is None
     late = Collector()
     late.start(await backend.connect("owner"), ProcessRequest(b"true"))
     await late.untilClosed()
     assert isinstance(late.reason, LinkLost)
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_comes_late_does_not_wait_as_long(start, monkeypatch):
+    """The link has been lost for so long that it may stay so; what there is to say is said soon."""
+    monkeypatch.setattr(link, "LATE_SECONDS", 0.2)
+    backend = await start(survivalSeconds=30.0, orphanTimeout=600.0)
+
+    async def nowhere(user):
+        raise LinkLost("no road")
+
+    backend.link._connect = nowhere
+    backend.carrier.transport.abortConnection()
+    await until(lambda: not backend.link.attached)
+    backend.link._lostAt -= 31.0
+    backend.link._cancel("_giveUp")
+    late = Collector()
+    late.start(await backend.connect("owner"), ProcessRequest(b"true"))
+    await late.untilClosed()
+    assert "has been lost for 31 seconds: no road" in str(late.reason)
 
 
 @pytest_twisted.ensureDeferred

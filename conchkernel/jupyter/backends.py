@@ -42,6 +42,8 @@ _IDENTITY = "identity"
 _IDENTITY_BYTES = 32
 #: The name under which a single owner's kernel is kept; the realm uses the same.
 OWNER = "owner"
+#: What is said while nobody knows more.
+_ABSENT = "the gateway has no Jupyter server now; try again in a moment"
 UNSHARED = Unshared()
 
 
@@ -178,7 +180,7 @@ class JupyterBackend:
 
     :param urlText: the URL as it was pasted, with its token.
     :param stateDir: where the gateway's identity is kept.
-    :param prestart: whose kernel :meth:`start` starts; ``None`` for nobody's.
+    :param prestart: whose kernel :meth:`start` starts, to see that it can; ``None`` for nobody's.
     :param grace: seconds from the last use of a kernel to its end.
     :param sharing: how to agree with other processes that have this identity. Each start takes
         its turn; a stop is its caller's turn.
@@ -215,6 +217,7 @@ class JupyterBackend:
         self._caFile = ca_file
         self._orphanTimeout = orphan_timeout
         self._prestart = prestart
+        self._absence = _ABSENT
         self._agent: RoadAgent | None = None
         self._client: JupyterClient | None = None
         self._identity = b""
@@ -232,12 +235,18 @@ class JupyterBackend:
         if self._client is None:
             if self._agent is None:
                 self._agent = make_agent(self.reactor, self._caFile)
-            client = await discover(self.reactor, self._urlText, agent=self._agent)
-            await self._checkName(client)
-            self._client = client
+            try:
+                client = await discover(self.reactor, self._urlText, agent=self._agent)
+                await self._checkName(client)
+            except JupyterError as error:
+                self._absence = str(error)
+                raise
+            self._client, self._absence = client, _ABSENT
         if self._prestart is not None:
             try:
-                await self._kernel(self._prestart).ready()
+                # A use that is over at once: a gateway that nobody needs keeps no kernel, and so
+                # no server from being culled.
+                (await self._kernel(self._prestart).connect()).release()
             except KernelUnsupported as error:
                 # Files can be had all the same; whoever wants a shell is told this sentence.
                 self._log.warn("no shells: {reason}", reason=str(error))
@@ -268,7 +277,7 @@ class JupyterBackend:
     def connect(self, user: str) -> Deferred[IKernelLink]:
         """See :class:`IBackend`."""
         if self._client is None or self.stopping:
-            return fail(LinkLost("the gateway has no Jupyter server now; try again in a moment"))
+            return fail(LinkLost(self._absence))
         return self._kernel(user).connect()
 
     def contents(self) -> IFileStore:
@@ -277,7 +286,7 @@ class JupyterBackend:
         :raises LinkLost: while there is no server.
         """
         if self._client is None or self.stopping:
-            raise LinkLost("the gateway has no Jupyter server now; try again in a moment")
+            raise LinkLost(self._absence)
         return ContentsFileStore(self.reactor, self._client)
 
     def _kernel(self, user: str) -> UserKernel:

@@ -36,8 +36,10 @@ AGAIN_SECONDS = 10.0
 START_SECONDS = 30.0
 #: A kernel that has said goodbye still looks alive to its server for so long.
 ENDING_SECONDS = 1.0
-#: Traffic on the fast path does not count as activity for cullers; this does.
+#: Cullers look for activity of kernels, in which a carrier's bytes have no part. Of what costs
+#: nothing, jupyter_server counts this request; ``kernel_info_request`` it does not.
 KEEP_ALIVE_SECONDS = 60.0
+KEEP_ALIVE = ("is_complete_request", {"code": ""})
 
 
 class KernelCarrier:
@@ -169,7 +171,7 @@ class KernelCarrier:
 
     def _sayAlive(self) -> None:
         if self._channels is not None:
-            asked = self._channels.request("shell", "kernel_info_request", {}, KERNEL_SECONDS)
+            asked = self._channels.request("shell", *KEEP_ALIVE, KERNEL_SECONDS)
             # Its answer does not matter, and its loss is noticed by others.
             asked.addErrback(lambda _: None)
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 #: How long streams live without a carrier before they are given up.
 SURVIVAL_SECONDS = 60.0
+#: How long one that is asked for later waits, when the carrier has been away for longer than that.
+LATE_SECONDS = 10.0
 #: Pause before the first, and at most before the next, attempt to attach again.
 RETRY_FIRST_SECONDS = 0.1
 RETRY_MOST_SECONDS = 15.0
@@ -138,6 +140,8 @@ class Link:
         self._ping: IDelayedCall | None = None
         self._attempts = 0
         self._complained = False
+        self._lostAt = 0.0
+        self._obstacle = ""
         self._heard = 0.0
         self.stirred = 0
         self._pings = 0
@@ -259,6 +263,8 @@ class Link:
         if self._state is not _State.ATTACHED:
             return
         self._state = _State.DETACHED
+        self._lostAt = self._reactor.seconds()
+        self._obstacle = ""
         self._cancel("_ping")
         if self._farewell is not None:
             farewell, self._farewell = self._farewell, None
@@ -273,7 +279,10 @@ class Link:
     def _expectSoon(self) -> None:
         """Streams wait for a carrier: not for ever, and not for a long pause between attempts."""
         if self._giveUp is None:
-            self._giveUp = self._reactor.callLater(self._survivalSeconds, self._gaveUp)
+            patience = self._survivalSeconds
+            if self._reactor.seconds() - self._lostAt > patience:
+                patience = min(patience, LATE_SECONDS)
+            self._giveUp = self._reactor.callLater(patience, self._gaveUp)
         if self._retry is not None:
             self._attempts = 0
             self._cancel("_retry")
@@ -298,13 +307,17 @@ class Link:
         if failure.check(ConchKernelError) is None:
             self._log.failure("attaching to the kernel's host", failure)
         else:
-            self._log.debug("attaching failed: {reason}", reason=str(failure.value))
+            self._obstacle = str(failure.value)
+            self._log.debug("attaching failed: {reason}", reason=self._obstacle)
         self._again()
 
     def _gaveUp(self) -> None:
         self._giveUp = None
-        seconds = int(self._survivalSeconds)
-        self._abandon(LinkLost(f"the link to the kernel's host was lost for {seconds} seconds"))
+        seconds = round(self._reactor.seconds() - self._lostAt)
+        why = f": {self._obstacle}" if self._obstacle else ""
+        self._abandon(
+            LinkLost(f"the link to the kernel's host has been lost for {seconds} seconds{why}")
+        )
 
     def _abandon(self, reason: Exception) -> None:
         """Close every stream and begin a new session."""

@@ -16,7 +16,9 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
+from conchkernel.errors import LinkLost
 from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
+from conchkernel.jupyter import kernel
 from conchkernel.jupyter.backends import JupyterBackend
 from conchkernel.jupyter.channels import connect_channels
 
@@ -60,8 +62,8 @@ def gateway(jupyter, tmp_path):
     )
     pytest_twisted.blockon(Deferred.fromCoroutine(made.start()))
     directory = agent(made)
-    yield made
     assert directory.is_dir()
+    yield made
     pytest_twisted.blockon(Deferred.fromCoroutine(made.stop()))
     pytest_twisted.blockon(Deferred.fromCoroutine(until(lambda: not directory.exists())))
     assert ask(jupyter, "api/kernels") in ([], None)
@@ -234,4 +236,27 @@ async def test_a_gateway_that_starts_again_finds_its_kernel(gateway, jupyter, tm
     await second.start()
     assert second._kernels["owner"]._road._kernel == road(gateway)._kernel
     await second.stop()
+    await proves_alive(collector)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_kernel_in_use_looks_active(gateway, jupyter, monkeypatch):
+    """Its server, and a culler that asks it, see it being used, though no cell is executed."""
+    monkeypatch.setattr(kernel, "KEEP_ALIVE_SECONDS", 0.3)
+    use = await gateway.connect("owner")
+    carrier(gateway).lost(LinkLost("the test wants another one"))
+    await until(lambda: carrier(gateway) is not None and gateway._kernels["owner"].link.attached)
+    path = f"api/kernels/{road(gateway)._kernel}"
+    seen = {ask(jupyter, path)["last_activity"]}
+    await until(lambda: len(seen.add(ask(jupyter, path)["last_activity"]) or seen) > 4)
+    use.release()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_gateway_that_nobody_uses_keeps_no_kernel(gateway, jupyter):
+    """What was started to see that it works goes like any other, and is there again when needed."""
+    await until(lambda: not gateway._kernels)
+    await gateway.ended("owner")
+    assert ask(jupyter, "api/kernels") in ([], None)
+    collector = await shell(gateway)
     await proves_alive(collector)
