@@ -16,12 +16,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from . import nodejs
@@ -75,6 +76,7 @@ class RunningHub:
     _home: Path = field(repr=False)
     _environment: dict[str, str] = field(repr=False)
     _mark: str = field(repr=False)
+    _proxy_command: list[str | Path] = field(repr=False)
     _proxy: subprocess.Popen[bytes] = field(repr=False)
     _hub: subprocess.Popen[bytes] = field(repr=False)
 
@@ -148,6 +150,26 @@ class RunningHub:
         self._hub = _spawn_hub(self._home, self._environment)
         self.wait()
 
+    def restart_proxy(self) -> None:
+        """Kill the proxy and start it again; what it led to is told to it by the hub."""
+        self._proxy.kill()
+        self._proxy.wait()
+        self._proxy = _spawn(self._home, self._environment, self._proxy_command)
+        self.wait()
+        # The hub would look by itself only after minutes.
+        status, told = self.ask("POST", "/proxy")
+        assert status == 200, (told, self.log)
+
+    def pid_of(self, server: str) -> int:
+        """The process of a server that runs."""
+        environment = {"JUPYTERHUB_SERVICE_PREFIX": f"/user/{server}/", MARK: self._mark}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                is_server = any(word.endswith("singleuser") for word in process.cmdline())
+                if is_server and environment.items() <= process.environ().items():
+                    return process.pid
+        raise LookupError(f"no server of {server} runs")
+
     def wait(self) -> None:
         """Until the hub answers through its proxy."""
         deadline = time.monotonic() + _START_SECONDS
@@ -209,8 +231,8 @@ def start_hub(base_url: str = "/", *lines: str) -> RunningHub:
     config.write_text(_CONFIG.format(**values) + "".join(f"{line}\n" for line in lines))
     environment = environment_in(home, _python())
     environment |= {"CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(16), MARK: mark}
-    command = [nodejs.node(), _proxy_program(), "--ip=127.0.0.1", f"--port={public}"]
-    command += ["--api-ip=127.0.0.1", f"--api-port={api}"]
+    command: list[str | Path] = [nodejs.node(), _proxy_program()]
+    command += ["--ip=127.0.0.1", f"--port={public}", "--api-ip=127.0.0.1", f"--api-port={api}"]
     command += [f"--default-target=http://127.0.0.1:{hub}", "--error-target"]
     command += [f"http://127.0.0.1:{hub}{base_url}hub/error"]
     made = RunningHub(
@@ -219,6 +241,7 @@ def start_hub(base_url: str = "/", *lines: str) -> RunningHub:
         home,
         environment,
         mark,
+        command,
         _spawn(home, environment, command),
         _spawn_hub(home, environment),
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import socket
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,11 +15,17 @@ import pytest_twisted
 from conchkernel.errors import KernelRefused, NotJupyter, TokenRefused
 
 from ..jupyterhubs import start_hub
+from ..peers import echo
 from ..test_rest import found, refused
+from .conftest import PATIENCE, free_port, read_until, running, until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from ..jupyterhubs import RunningHub
+    from ..peers import Peer
+    from .conftest import GatewayHost
 
 
 # --- which server a URL means ------------------------------------------------------------------
@@ -129,3 +139,108 @@ async def test_below_a_path() -> None:
                 assert client.location.base == f"{hub.url}user/ann"
     finally:
         hub.stop()
+
+
+# --- sessions ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Server:
+    """A user's default server, as a gateway is told of it."""
+
+    hub: RunningHub
+    user: str
+    pasted: str
+
+    @property
+    def pid(self) -> int:
+        """Its process of the moment."""
+        return self.hub.pid_of(self.user)
+
+
+@pytest.fixture(scope="module")
+def server(jupyterhub: RunningHub) -> Server:
+    """Sue's, which begins to run when a gateway waits for it."""
+    jupyterhub.add_user("sue")
+    token = jupyterhub.token_of("sue")
+    return Server(jupyterhub, "sue", f"{jupyterhub.url}user/sue/lab?token={token}")
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    server: Server, client_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayHost]:
+    """A gateway that was started before the server was."""
+    directory = tmp_path_factory.mktemp("hub")
+    log = directory / "log"
+    waiting = "Waiting for Jupyter: the Jupyter server of sue is not running; start it at http"
+
+    def start_the_server() -> None:
+        until(lambda: log.exists() and waiting in log.read_text(), "the gateway waits")
+        server.hub.start_servers("sue")
+
+    starting = threading.Thread(target=start_the_server)
+    starting.start()
+    options = ["--wait-for-jupyter", "--authorized-keys", str(client_home / "key.pub")]
+    with running("hub", directory, client_home, server, *options) as made:
+        starting.join()
+        yield made
+    status, told = server.hub.ask("GET", "/users/sue")
+    assert (status, told["servers"][""]["ready"]) == (200, True)
+
+
+def test_commands_files_and_tunnels(
+    gateway: GatewayHost, tmp_path: Path, serving: Callable[..., Peer]
+) -> None:
+    """All of it by way of the hub's proxy."""
+    assert gateway.ssh("echo out; echo err >&2; exit 7") == (7, b"out\n", "err\n")
+    data = os.urandom(20_000_000)
+    (tmp_path / "up").write_bytes(data)
+    scp = ["scp", "-q", "-F", str(gateway.config)]
+    assert gateway.run([*scp, str(tmp_path / "up"), f"hub:{tmp_path}/there"]).status == 0
+    assert gateway.run([*scp, f"hub:{tmp_path}/there", str(tmp_path / "down")]).status == 0
+    assert (tmp_path / "down").read_bytes() == data
+    peer = serving(echo)
+    with gateway.forwarding(f"-R0:127.0.0.1:{peer.port}") as there:
+        local, option = free_port(), f"-S{gateway.home}/hub.master"
+        # To the server's host, and from there back to this one.
+        assert gateway.ssh(option, "-Oforward", f"-L{local}:127.0.0.1:{there}").status == 0
+        with socket.create_connection(("127.0.0.1", local), PATIENCE) as connection:
+            connection.sendall(b"there and back")
+            connection.shutdown(socket.SHUT_WR)
+            assert b"".join(iter(lambda: connection.recv(65536), b"")) == b"there and back"
+
+
+FAULTS = {
+    "the server": lambda hub: (hub.stop_server("sue"), hub.start_servers("sue")),
+    "the hub": lambda hub: hub.restart(),
+    "the proxy": lambda hub: hub.restart_proxy(),
+}
+
+
+@pytest.mark.parametrize("part", FAULTS)
+def test_restarted_beneath_sessions(gateway: GatewayHost, server: Server, part: str) -> None:
+    """Shells live on, and what is under way loses nothing and repeats nothing."""
+    data = os.urandom(3_000_000)
+    with (
+        gateway.started("-tt", "stty -echo; exec bash --norc") as shell,
+        gateway.started("cat; exit 3") as cat,
+    ):
+        shell.stdin.write(b"here=$$; echo re''ady\n")
+        read_until(shell.stdout, b"ready")
+        came = bytearray()
+        reading = threading.Thread(target=lambda: came.extend(cat.stdout.readall()))
+        reading.start()
+        # The pipe itself would take a part only, where a child's end interrupts the write.
+        with io.BufferedWriter(cat.stdin) as into:
+            into.write(data[:1_000_000])
+            restarting = threading.Thread(target=FAULTS[part], args=[server.hub])
+            restarting.start()
+            into.write(data[1_000_000:])
+            restarting.join()
+        shell.stdin.write(b'[ "$here" = $$ ] && echo sa""me; exit 5\n')
+        read_until(shell.stdout, b"same")
+        reading.join()
+        assert (shell.wait(PATIENCE), cat.wait(PATIENCE)) == (5, 3)
+        assert len(came) == len(data)
+        assert bytes(came) == data
