@@ -102,6 +102,7 @@ EVE = (200, b'{"name": "e\\nve\\u009b"}')
         ("/user/ann", {"server": (502, b"")}, JupyterUnreachable, "cannot reach its Jupyter"),
         ("/user/ann", {"stopped": RUNS}, JupyterUnreachable, "does not answer"),
         ("/user/ann", {"stopped": LOGIN}, TokenRefused, "no Jupyter server of ann answers, and"),
+        ("/user/ann", {"stopped": (500, b"")}, JupyterUnreachable, "does not work (HTTP 500)"),
         ("/user/ann", {}, KernelRefused, "has no server of ann that the token may reach"),
         ("/user/ann", {"owner": (200, b"[]")}, KernelRefused, "that the token may reach"),
         ("/user/ann", {"owner": (200, b"<html>")}, KernelRefused, "that the token may reach"),

@@ -177,15 +177,26 @@ class Hub:
     async def _why_silent(self, user: str, below: str, *, named: bool) -> JupyterError:
         """Why no server answers."""
         answer = await self._asked(user, below)
+        if answer.status == 404:
+            return await self._why_hidden(user)
         if answer.status in (302, 303) and "/hub/login" in answer.header("Location"):
             return self._unknown_token(f"no Jupyter server of {user} answers, and ")
-        if answer.status != 404:
-            if named:
-                return self._not_running(f"{user}/{below}")
-            return self._stopped(answer, user, below) or JupyterUnreachable(
-                f"the JupyterHub {self._host} has a server of {user}, but it does not answer; "
-                "look at it in a browser"
+        stopped = self._stopped(answer, user, below)
+        if stopped is None and answer.status >= 500:
+            # Servers ask the hub about tokens, and fail with it.
+            return JupyterUnreachable(
+                f"the JupyterHub {self._host} does not work ({answer.reason()}), and without it no "
+                "server of its users lets anybody in"
             )
+        if named:
+            return self._not_running(f"{user}/{below}")
+        return stopped or JupyterUnreachable(
+            f"the JupyterHub {self._host} has a server of {user}, but it does not answer; "
+            "look at it in a browser"
+        )
+
+    async def _why_hidden(self, user: str) -> JupyterError:
+        """Why the hub has nothing to say about a user's servers."""
         owner = await self._owner()
         if owner == unquote(user):
             return self._forbidden(user, owner)
