@@ -173,11 +173,29 @@ def test_manyTunnelsHoldLess(rig: Rig) -> None:
         stream.opened()
     windows = [channel.remoteWindow for channel in rig.client.channels]
     limits = [stream.limit for stream in rig.link.streams]
-    assert windows[:16] == [LOCAL_WINDOW_BYTES] * 16
+    assert windows[:8] == [LOCAL_WINDOW_BYTES] * 8
     for held in (windows, limits):
         assert held == sorted(held, reverse=True)
         assert held[-1] == LEAST_BYTES
-        assert sum(held) < 180 << 20
+        assert sum(held) < 130 << 20
+
+
+def test_aTunnelThatIsLeftAloneHoldsMore(rig: Rig) -> None:
+    """The share is one of those that are there, not of those that were when it was opened."""
+    for _ in range(100):
+        rig.client.open(b"direct-tcpip", window=1 << 30, data=direct())
+    streams, channels = rig.link.streams, rig.client.channels
+    for stream in streams:
+        stream.opened()
+    last = streams[-1]
+    share = last.limit
+    assert share < 200 << 10
+    for channel in channels[:-1]:
+        rig.client.close(channel)
+    for stream in streams[:-1]:
+        stream.end(None)
+    last.put(b"y" * share)
+    assert last.limit - share > 1 << 20
 
 
 def test_nothingIsReadThatTheClientDoesNotTake(rig: Rig) -> None:

@@ -50,6 +50,8 @@ MAX_DATA_BYTES = 32 * 1024
 ADJUST_STEP_BYTES = 3 * MAX_DATA_BYTES
 #: Granted and not yet handed to the transport, at most: the bound of a channel's queue.
 CREDIT_CAP_BYTES = 2560 * 1024
+#: A step of granting, unless half of the cap is less.
+STEP_BYTES = 256 * 1024
 #: Granted beyond the client's window: so much waits here for a window that opens, so that the way
 #: from the source does not add to the client's own round trip.
 AHEAD_BYTES = 1024 * 1024
@@ -386,8 +388,9 @@ class GatewayChannel(SSHChannel):
     def credit(self) -> None:
         """Grant what the client's window and the cap allow by now.
 
-        Done in steps of an eighth of the cap, or when as much is gained as is left, so that a
-        client which opens its window byte by byte does not cost a message per byte.
+        Done in steps of an eighth of the cap, of a small one in larger ones, or when as much is
+        gained as is left: each is a message to the source, and a client which opens its window
+        byte by byte must not cost one per byte.
         """
         grant = self._grant
         if grant is None:
@@ -400,7 +403,7 @@ class GatewayChannel(SSHChannel):
         end = handed + self.remoteWindowLeft + AHEAD_BYTES
         limit = min(end, handed + cap)
         gained = limit - granted
-        step = cap >> 3
+        step = max(cap >> 3, min(cap >> 1, STEP_BYTES))
         due = gained >= step or gained >= max(granted - handed, 1)
         if due:
             self._granted = granted = limit
