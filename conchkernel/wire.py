@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 # Kinds of messages (wire.md section 2).
-BYTES, ATTACH, ATTACHED, START, STARTED, LOST, HANDOVER, CLAIM, TAKEN = range(9)
+BYTES, ATTACH, ATTACHED, START, STARTED, LOST, HANDOVER, CLAIM, TAKEN, PADDING = range(10)
 
 # Types of frames (wire.md section 5).
 OPEN, OPENED, REFUSED, DATA, CREDIT, EOF, EXIT, CLOSE, RESIZE, SIGNAL, BREAK, STOP = range(1, 13)
@@ -90,6 +90,11 @@ CAP_FLOOR_OF_FILES = 2 * 1024 * 1024  # they cross five processes, each with a p
 CAP_CEILING = 3 * 1024 * 1024
 SHARED_CAPS = 32 * 1024 * 1024  # of all connections together, for as long as they are few
 QUEUE_SECONDS = 0.01  # what may wait before a consumer, at the rate it takes
+#: A PADDING, what a session moves before it, and the round trip beyond which the road is the
+#: bottleneck and not the Jupyter server.
+PADDING_BYTES = 4 * 1024 * 1024
+PADDING_AFTER_BYTES = 1024 * 1024
+NEAR_SECONDS = 0.005
 SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
 JOINED = 32 * 1024  # small writes that wait are joined up to here: an object each costs fifty times
 KEY = 64  # DATA up to here counts as somebody typing
@@ -357,6 +362,12 @@ class Endpoint:
         self._pings[token] = now
         self.control(PING, 0, U64.pack(token))
 
+    @property
+    def padding_due(self) -> bool:
+        """Whether the carrier is worth a PADDING (wire.md section 2): near, and used for bulk."""
+        used = self.sent_bytes + self.received_bytes > PADDING_AFTER_BYTES
+        return used and self._measured and self.rtt < NEAR_SECONDS
+
     # --- sending -----------------------------------------------------------------------------
 
     @property
@@ -424,6 +435,8 @@ class Endpoint:
         """Move frames from the head of a stream's queue into ``parts``."""
         queue = stream._queue
         taken = 0
+        # What was written in pieces goes as one frame, which the far end writes at once.
+        begun, length, kind = -1, 0, 0
         while queue:
             flags, data = queue[0]
             if flags is None:
@@ -432,8 +445,11 @@ class Endpoint:
                 parts.append(data)
                 room -= len(data)
                 queue.popleft()
+                begun = -1
                 continue
-            count = min(len(data), room - FRAME.size, stream.limit - stream.sent)
+            grows = begun >= 0 and flags == kind
+            spare = room if grows else room - FRAME.size
+            count = min(len(data), spare, stream.limit - stream.sent)
             if count <= 0:
                 break
             if count < len(data):
@@ -442,9 +458,14 @@ class Endpoint:
                 data = view[:count]
             else:
                 queue.popleft()
-            parts.append(FRAME.pack(DATA, flags, stream.id, count))
+            if grows:
+                length += count
+            else:
+                begun, length, kind = len(parts), count, flags
+                parts.append(b"")
+            parts[begun] = FRAME.pack(DATA, flags, stream.id, length)
             parts.append(data)
-            room -= FRAME.size + count
+            room = spare - count
             stream.sent += count
             taken += count
         if taken:

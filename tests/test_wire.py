@@ -126,6 +126,45 @@ def test_many_small_writes_are_joined():
     assert far.out == data
 
 
+def test_pieces_go_as_one_frame():
+    """What was written in pieces arrives at once; what stands between them parts them."""
+    pair = Pair()
+    stream, near, far, _ = pair.open()
+    stream.grant(1 << 20)
+    pair.pump()
+    came = []
+    near.wire_data = lambda data, extended: came.append((bytes(data), extended))
+    for flags in (0, 0, wire.EXTENDED, wire.EXTENDED, 0):
+        far.write(b"x" * 10_000, flags)
+    pair.pump()
+    x = b"x" * 10_000
+    assert came == [(x * 2, 0), (x * 2, wire.EXTENDED), (x, 0)]
+    came.clear()
+    far.write(x * 60)
+    far.write(x)
+    pair.pump()
+    assert b"".join(data for data, _ in came) == x * 61
+    stream.grant(2_000_000)
+    pair.pump()
+
+
+def test_a_near_carrier_that_is_used_for_bulk_is_worth_a_padding():
+    """One that is slow, or carries keys, is not."""
+    pair = Pair()
+    stream, near, far, _ = pair.open()
+    stream.grant(1 << 24)
+    for seconds, due in ((0.02, False), (0.001, True)):
+        pair.agent.ping(pair.now)
+        message = b"".join(pair.agent.next_message())
+        pair.gateway.receive(message, pair.now)
+        pair.now += seconds
+        pair.pump()
+        far.write(b"x" * 600_000)
+        pair.pump()
+        assert pair.agent.padding_due is due
+    assert len(near.out) == 1_200_000
+
+
 def test_a_natural_end_drains_before_it_closes():
     """DATA, EOF, EXIT and CLOSE written at once all arrive, in order, as credit allows."""
     pair = Pair()

@@ -342,6 +342,8 @@ class Session:
             if message is None:
                 break
             carrier.send(message)
+        if carrier is not None and carrier.padding and self.endpoint.padding_due:
+            carrier.pad()
         if self._farewell and carrier is not None and carrier.clear:
             self.end()
             if not self._agent.sessions:

@@ -28,7 +28,10 @@ class Carrier:
     """A connection that carries messages.
 
     :ivar session: the :class:`~conchkernel.remote.agent.Session` that it serves, once attached.
+    :ivar padding: bytes of the PADDING that a Jupyter server has not had from us.
     """
+
+    padding = 0
 
     def __init__(self, agent: Agent, connection: socket.socket) -> None:
         self.session: Any = None
@@ -73,6 +76,11 @@ class Carrier:
                 self._agent.watch_write(self._socket.fileno(), self._writable)
         else:
             self._unsent.extend(memoryview(part) for part in parts)
+
+    def pad(self) -> None:
+        """Send the PADDING that the carrier is worth, once."""
+        padding, self.padding = self.padding, 0
+        self.send([bytes([wire.PADDING]), bytes(padding)])
 
     def refuse(self, sentence: str) -> None:
         """Answer an ATTACH with a sentence and hang up."""
@@ -235,6 +243,7 @@ class ServerCarrier(Carrier):
         signer: zmtp.Signer,
         claimant: RelayCarrier,
     ) -> None:
+        self.padding = wire.PADDING_BYTES
         self._signer = signer
         self._claimant = claimant
         self._broken = False
