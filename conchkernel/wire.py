@@ -92,7 +92,7 @@ SHARED_CAPS = 32 * 1024 * 1024  # of all connections together, for as long as th
 QUEUE_SECONDS = 0.01  # what may wait before a consumer, at the rate it takes
 #: A PADDING, what a session moves before it, and the round trip beyond which the road is the
 #: bottleneck and not the Jupyter server.
-PADDING_BYTES = 4 * 1024 * 1024
+PADDING_BYTES = 2 * 1024 * 1024
 PADDING_AFTER_BYTES = 1024 * 1024
 NEAR_SECONDS = 0.005
 SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
