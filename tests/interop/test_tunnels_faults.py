@@ -448,7 +448,10 @@ def test_half_of_a_connection_is_enough(host: Host, serving: Serving) -> None:
     with host.master() as option:
         ending, answering = (Ways(host, option, serving(one).port) for one in (ends_first, answers))
         with leaving_nothing(host):
-            for connect in (*ending.near, *ending.far):
+            # OpenSSH's sshd at times does not see an end that comes with the connection itself
+            # until something else happens.
+            first = () if host.name == "sshd" else (*ending.near, *ending.far)
+            for connect in first:
                 with connect() as connection:
                     assert received(connection) == b""
                     connection.sendall(THERE)
