@@ -44,6 +44,7 @@ from conchkernel.service import GatewayService
 from conchkernel.ssh import hostkeys
 from conchkernel.ssh.checkers import AuthorizedKeysChecker
 from conchkernel.ssh.factory import GatewayFactory
+from conchkernel.sshconfig import plain
 from conchkernel.stores import StoreChoice
 
 if TYPE_CHECKING:
@@ -166,13 +167,18 @@ class Demo:
         """The ssh command for this gateway, with ``options`` before its destination.
 
         :param program: ``sftp`` for files.
+        :raises conchkernel.errors.ConfigurationError: if ssh could not read its paths.
         """
+        directory = Path(plain(self._directory))
+        known = str(directory / "known_hosts")
+        if " " in known:
+            known = f'"{known}"'  # else ssh takes it for two files
         return [
             program,
             *("-p" if program == "ssh" else "-P", str(self._port)),
-            *("-i", str(self._directory / "id_ed25519")),
+            *("-i", str(directory / "id_ed25519")),
             *("-o", "IdentitiesOnly=yes"),
-            *("-o", f"UserKnownHostsFile={self._directory / 'known_hosts'}"),
+            *("-o", f"UserKnownHostsFile={known}"),
             *options,
             "demo@127.0.0.1",
         ]

@@ -27,12 +27,13 @@ COMMAND = [sys.executable, "-m", "conchkernel.cli"]
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A clean account whose temporary files are all in one place; nothing of it may remain."""
-    (tmp_path / "tmp").mkdir()
+    """A clean account whose temporary files are all in one place, which has a space in its name;
+    nothing of it may remain."""
+    (tmp_path / "tmp files").mkdir()
     yield {
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
-        "TMPDIR": str(tmp_path / "tmp"),
+        "TMPDIR": str(tmp_path / "tmp files"),
         "PYTHONPATH": str(ROOT),
         "LC_ALL": "C.UTF-8",
     }
@@ -44,7 +45,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     for process in left:
         process.kill()
     assert not told
-    assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp files"]
 
 
 def _belongs(process: psutil.Process, directory: Path) -> bool:
@@ -155,7 +156,7 @@ def test_demoForAPerson(environment: dict[str, str], how: str) -> None:
         assert done.stdout == f"{environment['HOME']}\n"
         (known,) = (word.partition("=")[2] for word in words if "UserKnownHostsFile" in word)
         shown = subprocess.run(
-            ["ssh-keygen", "-lf", known], capture_output=True, text=True, check=True
+            ["ssh-keygen", "-lf", known.strip('"')], capture_output=True, text=True, check=True
         )
     finally:
         # As the terminal does it: everybody in the foreground gets Ctrl-C.

@@ -54,7 +54,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "options": {"errors", "names", "values", "ssh", "jupyter"},
     "tap": {"errors", "stores", "options", "service", "avatars", "ssh", "jupyter"},
     "process": {"allocator", "errors", "service", "tap"},
-    "demo": {"allocator", "errors", "stores", "service", "avatars", "ssh", "jupyter"},
+    "demo": {
+        "allocator", "errors", "stores", "service", "avatars", "sshconfig", "ssh", "jupyter",
+    },
     # one user's own ssh, without a daemon
     "pipes": set(),
     "attachment": {"errors", "interfaces", "names", "jupyter"},
