@@ -24,7 +24,7 @@ from twisted.internet.process import registerReapProcessHandler, unregisterReapP
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from conchkernel import wire
+from conchkernel import frames
 from conchkernel.errors import LinkLost, RefusalCode, StreamRefused
 from conchkernel.filepolicies import JailedFileStore, ReadOnlyFileStore
 from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
@@ -223,9 +223,9 @@ class _FarEnd:
             self.writing = False
 
     def append(self, frame_type: int, payload: bytes = b"") -> None:
-        if frame_type == wire.EOF:
+        if frame_type == frames.EOF:
             self._stream.wire_eof()
-        elif frame_type == wire.EXIT:
+        elif frame_type == frames.EXIT:
             self._stream.wire_exit(json.loads(payload))
         else:
             self._stream.wire_closed(payload.decode())
@@ -312,7 +312,7 @@ class LocalStream(KernelStream):
         if self._answer is None or self.over:
             return
         (frame_type, body), self._answer = self._answer, None
-        if frame_type == wire.OPENED:
+        if frame_type == frames.OPENED:
             self.wire_opened(body)
             self.grant(self._owed)
         else:

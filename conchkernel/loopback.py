@@ -26,7 +26,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from conchkernel import wire
+from conchkernel import frames
 from conchkernel.allocator import ENVIRONMENT
 from conchkernel.errors import JupyterUnreachable, LinkLost
 from conchkernel.interfaces import IBackend, IKernelLink
@@ -73,7 +73,7 @@ class SocketCarrier(Protocol):
         view = memoryview(data)
         while end - position >= 4 and self._user is not None:
             (length,) = _LENGTH.unpack_from(data, position)
-            if not 0 < length <= wire.MAX_MESSAGE:
+            if not 0 < length <= frames.MAX_MESSAGE:
                 self._end(LinkLost(f"the agent sent a message of {length} bytes"))
                 return
             start = position + 4
@@ -91,7 +91,7 @@ class SocketCarrier(Protocol):
         if len(first) < 4:
             return 0
         # One that is too long is refused as soon as it could be whole.
-        return 4 + min(int(_LENGTH.unpack_from(first)[0]), wire.MAX_MESSAGE)
+        return 4 + min(int(_LENGTH.unpack_from(first)[0]), frames.MAX_MESSAGE)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The socket is gone."""

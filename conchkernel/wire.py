@@ -12,275 +12,56 @@ receivers.
 from __future__ import annotations
 
 import json
-import struct
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from conchkernel.frames import (
+    ACK_BYTES,
+    ACK_MESSAGES,
+    BYTES,
+    CLOSE,
+    CREDIT,
+    DATA,
+    DATA_UNACKED_BYTES,
+    DATA_UNACKED_MESSAGES,
+    EOF,
+    EXIT,
+    EXTENDED,
+    FAREWELL,
+    FRAME,
+    GOODBYE,
+    INITIAL_CREDIT,
+    MAX_CONTROL,
+    MAX_DATA,
+    MAX_FRAME,
+    MAX_MESSAGE,
+    MAX_STREAMS,
+    MAX_UNACKED_BYTES,
+    MAX_UNACKED_MESSAGES,
+    MESSAGE,
+    OPEN,
+    OPENED,
+    PING,
+    PONG,
+    REFUSED,
+    RESIZE,
+    STOP,
+    U64,
+    WireGap,
+    WireViolation,
+    object_of,
+)
+from conchkernel.wirestream import KEYS_SECONDS, SMALL, Stream, refuse
+
 if TYPE_CHECKING:
-    from typing import Protocol
+    from conchkernel.frames import Buffer, Frames
+    from conchkernel.wirestream import Receiver
 
-    Buffer = bytes | bytearray | memoryview
-    Frames = list[Buffer]
-
-    class Receiver(Protocol):
-        """What is told of one stream; a call must not raise anything but our own exceptions."""
-
-        def wire_opened(self, info: dict[str, Any]) -> None:
-            """OPENED: the far side runs it."""
-
-        def wire_refused(self, code: Any, message: Any) -> None:
-            """REFUSED: the last call."""
-
-        def wire_data(self, data: memoryview, extended: int) -> None:
-            """DATA. At the agent ``data`` is valid during the call only."""
-
-        def wire_sent(self, count: int) -> None:
-            """``count`` bytes of what was written have left the queue."""
-
-        def wire_credit(self) -> None:
-            """The peer takes more than before."""
-
-        def wire_eof(self) -> None:
-            """EOF."""
-
-        def wire_exit(self, info: dict[str, Any]) -> None:
-            """EXIT."""
-
-        def wire_control(self, frame_type: int, payload: bytes) -> None:
-            """RESIZE, SIGNAL, BREAK or STOP."""
-
-        def wire_closed(self, reason: str) -> None:
-            """The peer's CLOSE: the last call. Not made after a CLOSE of ours."""
-
-VERSION = 1
-
-# Kinds of messages (wire.md section 2).
-BYTES, ATTACH, ATTACHED, START, STARTED, LOST, HANDOVER, CLAIM, TAKEN, PADDING = range(10)
-
-# Types of frames (wire.md section 5).
-OPEN, OPENED, REFUSED, DATA, CREDIT, EOF, EXIT, CLOSE, RESIZE, SIGNAL, BREAK, STOP = range(1, 13)
-PING, PONG, GOODBYE, FAREWELL = range(16, 20)
-
-EXTENDED = 1  # flag of DATA: stderr
-
-MESSAGE = struct.Struct(">BQQ")  # kind, offset, acknowledged
-FRAME = struct.Struct(">BBII")  # type, flags, stream, length
-U64 = struct.Struct(">Q")
-U32 = struct.Struct(">I")
-SIZE = struct.Struct(">IIII")
-
-# Bounds (wire.md section 4).
-MAX_MESSAGE = 256 * 1024
-MAX_DATA = MAX_MESSAGE
-MAX_FRAME = 192 * 1024  # an OPEN with the longest argument that Linux takes, and its environment
-MAX_UNACKED_BYTES = 4 * 1024 * 1024
-MAX_UNACKED_MESSAGES = 500
-DATA_UNACKED_BYTES = MAX_UNACKED_BYTES - MAX_MESSAGE
-DATA_UNACKED_MESSAGES = 400
-ACK_BYTES = 1536 * 1024
-ACK_MESSAGES = 32
-MAX_STREAMS = 4096
-MAX_CONTROL = 65536  # frames queued: more than any honest peer needs while a carrier is away
-
-INITIAL_CREDIT = 64 * 1024  # towards the process
-CAP_FLOOR = 512 * 1024
-CAP_FLOOR_BESIDE_KEYS = 128 * 1024
-CAP_FLOOR_OF_FILES = 2 * 1024 * 1024  # they cross five processes, each with a piece in hand
-CAP_CEILING = 3 * 1024 * 1024
-SHARED_CAPS = 32 * 1024 * 1024  # of all connections together, for as long as they are few
-QUEUE_SECONDS = 0.01  # what may wait before a consumer, at the rate it takes
-#: A PADDING, what a session moves before it, and the round trip beyond which the road is the
+#: What a session moves before a PADDING, and the round trip beyond which the road is the
 #: bottleneck and not the Jupyter server.
-PADDING_BYTES = 2 * 1024 * 1024
 PADDING_AFTER_BYTES = 1024 * 1024
 NEAR_SECONDS = 0.005
-SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
-JOINED = 32 * 1024  # small writes that wait are joined up to here: an object each costs fifty times
-KEY = 64  # DATA up to here counts as somebody typing
-KEYS_SECONDS = 1.0  # for so long after it
-
-
-class WireViolation(Exception):
-    """The peer broke the protocol; the session cannot go on."""
-
-
-class WireGap(Exception):
-    """Bytes are missing: the carrier lost a message. Attach again; nothing is lost."""
-
-
-def message_of(kind: int, body: dict[str, Any]) -> bytes:
-    """A message whose body is JSON (kinds ATTACH to STARTED)."""
-    return bytes([kind]) + json.dumps(body).encode()
-
-
-def body_of(message: Buffer) -> dict[str, Any]:
-    """The JSON object of such a message.
-
-    :raises WireViolation: if it is none.
-    """
-    return _object(bytes(message[1:]))
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        raise WireViolation("not JSON where JSON must be") from None
-    if not isinstance(value, dict):
-        raise WireViolation("not a JSON object where one must be")
-    return value
-
-
-class Stream:
-    """One stream of an :class:`Endpoint`: what it may send, what it lets the peer send."""
-
-    __slots__ = (
-        "_ceiling", "_endpoint", "_granted", "_mark", "_mark_time", "_product", "_queue",
-        "_rate", "_ready", "closed", "floor", "id", "limit", "queued", "received", "receiver",
-        "sent",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        stream_id: int,
-        receiver: Receiver,
-        limit: int,
-        granted: int,
-    ) -> None:
-        self.id = stream_id
-        self.receiver = receiver
-        self.closed = False  # our CLOSE is queued or sent, or the peer's has come
-        self.limit = limit  # bytes we may send in all
-        self.sent = 0
-        self.queued = 0  # bytes of DATA in the queue
-        self.received = 0
-        self.floor = CAP_FLOOR  # of the cap, while nobody types
-        self._endpoint = endpoint
-        self._queue: deque[tuple[int | None, Buffer]] = deque()  # flags, None for a raw frame
-        self._ready = False
-        self._granted = granted
-        self._ceiling = granted
-        self._product = 0.0  # twice the bytes of a round trip, at the best
-        self._rate = 0.0  # bytes per second that come, of late
-        self._mark = 0
-        self._mark_time: float | None = None
-
-    @property
-    def room(self) -> int:
-        """Bytes that may be written now and will not wait for credit."""
-        return self.limit - self.sent - self.queued
-
-    @property
-    def cap(self) -> int:
-        """How far ahead of the consumer the peer may be, in bytes.
-
-        Twice the bytes of a round trip keep a road busy. More saves messages, since half a cap is
-        one CREDIT, but what waits before a slow end is what a key on another stream waits behind:
-        it is what the consumer takes in :data:`QUEUE_SECONDS`, and nothing while somebody types.
-        """
-        waiting = 0.0 if self.beside_keys else max(self._rate * QUEUE_SECONDS, self.floor)
-        return int(min(max(CAP_FLOOR_BESIDE_KEYS, self._product, waiting), CAP_CEILING))
-
-    @property
-    def share(self) -> int:
-        """The most that a cap should be where each stream may have a consumer that takes nothing:
-        less the more streams there are."""
-        return max(INITIAL_CREDIT, SHARED_CAPS // max(1, len(self._endpoint.streams)))
-
-    @property
-    def beside_keys(self) -> bool:
-        """Whether somebody types on another stream."""
-        endpoint = self._endpoint
-        typing = endpoint.now - endpoint.typed_at < KEYS_SECONDS
-        return typing and endpoint.typed_on is not self
-
-    def write(self, data: Buffer, flags: int = 0) -> None:
-        """Queue DATA; ``data`` is kept. The caller bounds the queue (see :attr:`queued`)."""
-        size = len(data)
-        if size and not self.closed:
-            queue = self._queue
-            if size <= SMALL:
-                last_flags, last = queue[-1] if queue else (None, b"")
-                # What was taken in part is a view, and no longer grows.
-                if last_flags == flags and type(last) is bytearray and len(last) < JOINED:
-                    last += data
-                else:
-                    queue.append((flags, bytearray(data)))
-            else:
-                queue.append((flags, data))
-            self.queued += size
-            self._wake()
-
-    def append(self, frame_type: int, payload: bytes = b"") -> None:
-        """Queue a frame behind the DATA written so far (EOF, EXIT, CLOSE)."""
-        if not self.closed:
-            self._queue.append((None, FRAME.pack(frame_type, 0, self.id, len(payload)) + payload))
-            self._wake()
-            if frame_type == CLOSE:
-                # Nothing follows. The queue drains; then the endpoint forgets the stream.
-                self.closed = True
-
-    def control(self, frame_type: int, payload: bytes = b"") -> None:
-        """Send a frame that overtakes queued DATA."""
-        if not self.closed:
-            self._endpoint.control(frame_type, self.id, payload)
-
-    def close(self, reason: str = "") -> None:
-        """CLOSE now: queued DATA is dropped, what the peer still sends is ignored."""
-        if not self.closed:
-            self.control(CLOSE, reason.encode()[:MAX_FRAME])
-            self._forget()
-
-    def grant(self, limit: int) -> None:
-        """Let the peer send up to byte ``limit``; the cap keeps it from all of that at once."""
-        self._ceiling = limit
-        cap = self.cap
-        limit = min(limit, self.received + cap)
-        fresh = limit - self._granted
-        half = cap >> 1
-        # Few large steps: a CREDIT costs a message on the carrier.
-        if fresh > 0 and (fresh >= half or self._granted - self.received < half):
-            self._granted = limit
-            self.control(CREDIT, U64.pack(limit))
-
-    def _forget(self) -> None:
-        self.closed = True
-        self._queue.clear()
-        self.queued = 0
-        self._endpoint.streams.pop(self.id, None)
-
-    def _wake(self) -> None:
-        if not self._ready:
-            self._ready = True
-            self._endpoint._line_up(self)
-
-    def _sendable(self) -> bool:
-        """Is there a frame at the head of the queue that may go now?"""
-        return bool(self._queue) and (self._queue[0][0] is None or self.sent < self.limit)
-
-    def _arrived(self, count: int, now: float) -> None:
-        """Count received DATA and let the cap follow the bytes of one round trip."""
-        self.received += count
-        if count <= KEY:
-            self._endpoint.typed_at = now
-            self._endpoint.typed_on = self
-        if self.received > self._granted:
-            raise WireViolation(f"stream {self.id} sent beyond its credit")
-        if self._ceiling > self._granted:
-            self.grant(self._ceiling)
-        if self._mark_time is None:
-            self._mark, self._mark_time = self.received, now
-            return
-        elapsed = now - self._mark_time
-        rtt = self._endpoint.rtt
-        # Of a shorter time, one turn's messages would be taken for the road's speed.
-        if elapsed >= max(rtt, QUEUE_SECONDS):
-            rate = (self.received - self._mark) / elapsed
-            self._rate = (self._rate + rate) / 2
-            self._product = max(self._product, 2 * rate * rtt)
-            self._mark, self._mark_time = self.received, now
 
 
 class _Nobody:
@@ -410,7 +191,8 @@ class Endpoint:
             self._unacked.append((self.sent_bytes, parts))
         return [header, *parts]
 
-    def _line_up(self, stream: Stream) -> None:
+    def line_up(self, stream: Stream) -> None:
+        """The stream has something to send (called by itself)."""
         (self._small if stream.queued <= SMALL else self._bulk).append(stream)
 
     def _fill(self, parts: Frames, line: deque[Stream], room: int, turns: int) -> int:
@@ -422,55 +204,13 @@ class Endpoint:
             if line is self._small and stream.queued > SMALL:
                 self._bulk.append(stream)
                 continue
-            room = self._take(stream, parts, room)
-            if stream._sendable():
+            room = stream.take(parts, room)
+            if stream.sendable:
                 line.append(stream)
             else:
-                stream._ready = False
-                if stream.closed and not stream._queue:
+                stream.lined_up = False
+                if stream.closed and stream.drained:
                     self.streams.pop(stream.id, None)
-        return room
-
-    def _take(self, stream: Stream, parts: Frames, room: int) -> int:
-        """Move frames from the head of a stream's queue into ``parts``."""
-        queue = stream._queue
-        taken = 0
-        # What was written in pieces goes as one frame, which the far end writes at once.
-        begun, length, kind = -1, 0, 0
-        while queue:
-            flags, data = queue[0]
-            if flags is None:
-                if len(data) > room:
-                    break
-                parts.append(data)
-                room -= len(data)
-                queue.popleft()
-                begun = -1
-                continue
-            grows = begun >= 0 and flags == kind
-            spare = room if grows else room - FRAME.size
-            count = min(len(data), spare, stream.limit - stream.sent)
-            if count <= 0:
-                break
-            if count < len(data):
-                view = memoryview(data)
-                queue[0] = (flags, view[count:])
-                data = view[:count]
-            else:
-                queue.popleft()
-            if grows:
-                length += count
-            else:
-                begun, length, kind = len(parts), count, flags
-                parts.append(b"")
-            parts[begun] = FRAME.pack(DATA, flags, stream.id, length)
-            parts.append(data)
-            room = spare - count
-            stream.sent += count
-            taken += count
-        if taken:
-            stream.queued -= taken
-            stream.receiver.wire_sent(taken)
         return room
 
     # --- resuming ----------------------------------------------------------------------------
@@ -563,13 +303,13 @@ class Endpoint:
                 if stream is None:
                     self._stray(frame_type, stream_id, body)
                 elif frame_type == CREDIT:
-                    self._credit(stream, body)
+                    stream.credited(body)
                 elif stream.closed:
                     # Our end is over but for what is queued; only the peer's CLOSE cuts that short.
                     if frame_type == CLOSE:
-                        stream._forget()
+                        stream.forget()
                 elif frame_type == DATA:
-                    stream._arrived(length, now)
+                    stream.arrived(length, now)
                     stream.receiver.wire_data(body, flags & EXTENDED)
                 else:
                     self._stream_frame(stream, frame_type, body)
@@ -602,7 +342,7 @@ class Endpoint:
         if frame_type != OPEN or self._opened is None or stream_id != self._last_id + 1:
             raise WireViolation(f"a frame of type {frame_type} for unknown stream {stream_id}")
         self._last_id = stream_id
-        parameters = _object(bytes(body))
+        parameters = object_of(bytes(body))
         stream = Stream(self, stream_id, _NOBODY, limit=0, granted=INITIAL_CREDIT)
         if len(self.streams) >= MAX_STREAMS:
             refuse(stream, 4, "too many streams are open")
@@ -610,38 +350,22 @@ class Endpoint:
         self.streams[stream_id] = stream
         self._opened(stream, parameters)
 
-    def _credit(self, stream: Stream, body: memoryview) -> None:
-        if len(body) != U64.size:
-            raise WireViolation("a CREDIT of odd size")
-        limit = U64.unpack(body)[0]
-        if limit > stream.limit:
-            stream.limit = limit
-            if stream._sendable():
-                stream._wake()
-            stream.receiver.wire_credit()
-
     def _stream_frame(self, stream: Stream, frame_type: int, body: memoryview) -> None:
         receiver = stream.receiver
         if frame_type == CLOSE:
-            stream._forget()
+            stream.forget()
             receiver.wire_closed(str(body, "utf-8", "replace"))
         elif frame_type == EOF:
             receiver.wire_eof()
         elif self._opened is not None and RESIZE <= frame_type <= STOP:
             receiver.wire_control(frame_type, bytes(body))
         elif self._opened is None and frame_type == OPENED:
-            receiver.wire_opened(_object(bytes(body)))
+            receiver.wire_opened(object_of(bytes(body)))
         elif self._opened is None and frame_type == EXIT:
-            receiver.wire_exit(_object(bytes(body)))
+            receiver.wire_exit(object_of(bytes(body)))
         elif self._opened is None and frame_type == REFUSED:
-            info = _object(bytes(body))
-            stream._forget()
+            info = object_of(bytes(body))
+            stream.forget()
             receiver.wire_refused(info.get("code"), info.get("message"))
         else:
             raise WireViolation(f"a frame of type {frame_type} on stream {stream.id}")
-
-
-def refuse(stream: Stream, code: int, message: str) -> None:
-    """Answer an OPEN with REFUSED; the stream is gone."""
-    stream.control(REFUSED, json.dumps({"code": code, "message": message}).encode()[:MAX_FRAME])
-    stream._forget()

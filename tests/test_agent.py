@@ -16,7 +16,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 
-from conchkernel import wire
+from conchkernel import frames
 from conchkernel.errors import StreamRefused
 from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
 from conchkernel.jupyter import injection, link
@@ -59,7 +59,7 @@ def framed(message):
 def attach(**changed):
     """An ATTACH that differs from a good one."""
     good = {"versions": [1], "session": "0" * 32, "received": 0, "secret": "0" * 64}
-    return framed(wire.message_of(wire.ATTACH, {**good, **changed}))
+    return framed(frames.message_of(frames.ATTACH, {**good, **changed}))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def attach(**changed):
         (struct.pack(">I", 0), b""),
         (struct.pack(">I", 0xFFFFFFFF) + b"x" * 1000, b""),
         (framed(b"\0" * 17), b""),
-        (framed(bytes([wire.ATTACH]) + b"[]"), b""),
-        (framed(bytes([wire.ATTACH]) + b"\xff"), b""),
+        (framed(bytes([frames.ATTACH]) + b"[]"), b""),
+        (framed(bytes([frames.ATTACH]) + b"\xff"), b""),
         (attach(), b"secret"),
         (attach(secret=None), b"secret"),
         (attach(secret=["x"]), b"secret"),
@@ -103,7 +103,7 @@ async def test_a_violation_ends_its_session_only(backend):
     collector = Collector()
     collector.start(await backend.connect("owner"), ProcessRequest(b"echo hi; cat; exit 6"))
     await collector.untilOutput(b"hi")
-    bad = wire.MESSAGE.pack(wire.BYTES, 0, 0) + wire.FRAME.pack(99, 0, 0, 0)
+    bad = frames.MESSAGE.pack(frames.BYTES, 0, 0) + frames.FRAME.pack(99, 0, 0, 0)
     await deferToThread(speak, backend._path, attach(secret=backend._secret) + framed(bad))
     collector.stream.writeEOF()
     await collector.untilClosed()

@@ -10,7 +10,7 @@ import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
-from conchkernel import wire
+from conchkernel import frames
 from conchkernel.errors import JupyterError, LinkLost
 from conchkernel.jupyter.kernel import ENDING_SECONDS, KernelCarrier, KernelRoad
 from conchkernel.jupyter.rest import KernelModel
@@ -97,7 +97,7 @@ def test_a_kernel_that_ends_is_let_end() -> None:
     carrier._channels = SimpleNamespace(close=lambda: None)
     carrier._keepAlive.clock = clock
     carrier._restarted()
-    carrier.received(bytes([wire.LOST]))
+    carrier.received(bytes([frames.LOST]))
     assert not told
     clock.advance(ENDING_SECONDS)
     (reason,) = told

@@ -13,6 +13,9 @@ import conchkernel
 
 PACKAGE = Path(__file__).parent.parent / "conchkernel"
 
+#: The wire is three modules: bytes, one stream, a session of many.
+WIRE = {"frames", "wirestream", "wire"}
+
 #: Part of the house -> the other parts it may name. The two columns, ``ssh`` and ``jupyter``,
 #: never name each other. A new module needs a line here, which is the moment to think about it.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -21,13 +24,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interfaces": {"errors", "files"},
     "files": {"errors"},
     "allocator": set(),
-    "wire": set(),
+    "frames": set(),
+    "wirestream": {"frames"},
+    "wire": {"frames", "wirestream"},
     "tcp": set(),
     # what is sent to the kernel's host
-    "remote": {"wire", "_fastpty"},
+    "remote": {*WIRE, "_fastpty"},
     # the columns
     "ssh": {"errors", "interfaces", "files", "tcp"},
-    "jupyter": {"errors", "interfaces", "files", "tcp", "wire", "remote"},
+    "jupyter": {"errors", "interfaces", "files", "tcp", *WIRE, "remote"},
     # the joints
     "avatars": {"errors", "interfaces", "files", "ssh"},
     "sftp": {"errors", "interfaces", "files", "localfiles", "ssh"},
@@ -38,15 +43,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stores": {"errors", "files", "filepolicies", "avatars"},
     # a backend without Jupyter, on the kernel column's own link
     "loopback": {
-        "allocator", "errors", "interfaces", "files", "wire", "remote", "jupyter", "_fastpty",
+        "allocator", "errors", "interfaces", "files", *WIRE, "remote", "jupyter", "_fastpty",
     },
     # a backend without a kernel: the agent's programs on the gateway's own reactor
     "localbackend": {
-        "errors", "interfaces", "files", "localfiles", "filepolicies", "wire", "remote", "jupyter",
+        "errors", "interfaces", "files", "localfiles", "filepolicies", *WIRE, "remote", "jupyter",
         "_fastpty",
     },
     # the public test kit
-    "testing": {"errors", "interfaces", "files", "wire", "remote", "avatars", "ssh", "jupyter"},
+    "testing": {"errors", "interfaces", "files", *WIRE, "remote", "avatars", "ssh", "jupyter"},
     # the edges
     "service": {"errors"},
     "values": {"ssh"},
@@ -74,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 #: Parts that are sent to a host where nothing is installed, or could be.
-STANDARD_LIBRARY_ONLY = {"wire", "remote", "errors"}
+STANDARD_LIBRARY_ONLY = {*WIRE, "remote", "errors"}
 
 #: The edges: whoever else needs the reactor is given it.
 MAY_IMPORT_THE_REACTOR = {"tap", "process", "demo", "proxycommand", "foreground", "cli"}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conchkernel import wire
+from conchkernel import frames, wire, wirestream
 from conchkernel.files import FileProblem
 from conchkernel.remote import files as module
 from conchkernel.remote import filewire as fw
@@ -53,7 +53,7 @@ class Conversation:
         try:
             self.service = FileService(self, self, stream, parameters)
         except CannotServe as error:
-            wire.refuse(stream, 4, str(error))
+            wirestream.refuse(stream, 4, str(error))
         else:
             stream.receiver = self.service
 
@@ -475,7 +475,7 @@ def test_eof_answers_what_came_and_closes(converse, tmp_path):
     talk.send(fw.OPEN, fw.OPEN_HEAD.pack(1, WRITE | CREATE), NOTHING, b"file")
     for index in range(200):
         talk.send(fw.WRITE, fw.WRITE_HEAD.pack(1, index), b"%d" % (index % 10))
-    talk.stream.append(wire.EOF)
+    talk.stream.append(frames.EOF)
     assert [talk.answer()[1] for _ in range(201)] == [""] * 201
     talk.wait(lambda: talk.closed)
     assert talk.reason == ""

@@ -23,7 +23,7 @@ from jupyter_client.session import Session
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
-from conchkernel import wire
+from conchkernel import frames, wire
 from conchkernel.loopback import LoopbackBackend
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SECONDS = 20
 IDENTITY = b"a gateway's session"
-YES, NO = bytes([wire.TAKEN, 1]), bytes([wire.TAKEN, 0])
+YES, NO = bytes([frames.TAKEN, 1]), bytes([frames.TAKEN, 0])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ class Kernel:
 
     def handed(self) -> Kernel:
         """Hand the port over."""
-        assert self.door.ask(wire.HANDOVER, self.request)
+        assert self.door.ask(frames.HANDOVER, self.request)
         return self
 
     def server(self, identity: bytes = b"somebody") -> zmq.Socket:
@@ -94,19 +94,19 @@ class Kernel:
     def claim(self, identity: bytes = IDENTITY) -> Relay:
         """Ask for a connection, and do not wait for the answer."""
         relay = Relay(self.path)
-        relay.say(wire.CLAIM, {"port": self.port, "identity": identity.hex()})
+        relay.say(frames.CLAIM, {"port": self.port, "identity": identity.hex()})
         return relay
 
     def attach(self, server: zmq.Socket, secret: str | None = None) -> dict:
         """A gateway's ATTACH through the server, and the agent's answer."""
         request = {
-            "versions": [wire.VERSION],
+            "versions": [frames.VERSION],
             "session": os.urandom(16).hex(),
             "received": 0,
             "secret": secret or self.secret,
         }
-        self.send(server, wire.message_of(wire.ATTACH, request))
-        return wire.body_of(self.receive(server))
+        self.send(server, frames.message_of(frames.ATTACH, request))
+        return frames.body_of(self.receive(server))
 
     def send(self, server: zmq.Socket, message: bytes) -> None:
         """One carrier, signed."""
@@ -247,12 +247,12 @@ def test_a_server_that_carries_bulk_has_one_padding(kernel: Kernel) -> None:
         while (message := gateway.next_message()) is not None:
             kernel.send(server, b"".join(message))
         message = kernel.receive(server)
-        if message[0] == wire.PADDING:
+        if message[0] == frames.PADDING:
             paddings.append(len(message) - 1)
         else:
             gateway.receive(message, 0.0)
     assert sum(taken) == size
-    assert paddings in ([], [wire.PADDING_BYTES])  # none where the machine is too slow to be near
+    assert paddings in ([], [frames.PADDING_BYTES])  # none where the machine is too slow to be near
 
 
 def test_a_wrong_secret_gets_a_sentence(kernel: Kernel) -> None:
@@ -269,7 +269,7 @@ def test_what_is_not_signed_is_not_heard(kernel: Kernel) -> None:
     relay = kernel.claim()
     assert relay.answer() == YES
     forger = Session(key=b"another key")
-    forger.send(server, "conchkernel", content={}, buffers=[bytes([wire.ATTACH]) + b"{}"])
+    forger.send(server, "conchkernel", content={}, buffers=[bytes([frames.ATTACH]) + b"{}"])
     kernel.session.send(server, "input_reply", content={"value": "x"})
     server.send_multipart([b"x"])
     assert kernel.attach(server)["new"]
@@ -282,8 +282,8 @@ def test_a_relay_that_hangs_up_ends_what_it_claimed(kernel: Kernel) -> None:
     assert relay.answer() == YES
     assert kernel.attach(server)["new"]
     relay.socket.close()
-    while (message := kernel.receive(server)) != bytes([wire.LOST]):
-        assert message[0] == wire.BYTES
+    while (message := kernel.receive(server)) != bytes([frames.LOST]):
+        assert message[0] == frames.BYTES
 
 
 def test_a_server_that_hangs_up_ends_the_claim(kernel: Kernel) -> None:
@@ -453,10 +453,10 @@ def test_a_port_that_is_taken_is_not_handed_over(backend, kernel: Kernel) -> Non
             {"inner": {}},
         ):
             relay = Relay(backend._path)
-            assert not relay.ask(wire.HANDOVER, {**kernel.request, "port": 0, **change})
+            assert not relay.ask(frames.HANDOVER, {**kernel.request, "port": 0, **change})
     for nonsense in ({"port": [1], "identity": "00"}, {"identity": "zz", "port": kernel.port}, {}):
         relay = Relay(backend._path)
-        relay.say(wire.CLAIM, nonsense)
+        relay.say(frames.CLAIM, nonsense)
         assert relay.answer() in (b"", NO)
     lead_through(kernel, kernel.server())
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conchkernel import wire
+from conchkernel import frames, wire, wirestream
 
 
 class Recorder:
@@ -40,7 +40,7 @@ class Pair:
     """A gateway's endpoint and an agent's, with a carrier between that can be cut."""
 
     def __init__(self) -> None:
-        self.opened: list[tuple[wire.Stream, dict]] = []
+        self.opened: list[tuple[wirestream.Stream, dict]] = []
         self.receivers: dict[int, Recorder] = {}
         self.told: list[tuple[int, bytes]] = []
         self.gateway = wire.Endpoint(told=lambda *event: self.told.append(event))
@@ -85,7 +85,7 @@ def test_open_tells_the_parameters_and_the_answer():
     pair = Pair()
     stream, near, far, _ = pair.open(command="true")
     assert pair.opened[0][1] == {"kind": "process", "command": "true"}
-    far.control(wire.OPENED, b'{"pid": 7}')
+    far.control(frames.OPENED, b'{"pid": 7}')
     pair.pump()
     assert near.events == [("opened", {"pid": 7})]
     assert stream.id == far.id == 1
@@ -96,8 +96,8 @@ def test_nothing_is_sent_before_credit_and_all_of_it_after():
     pair = Pair()
     stream, near, far, _ = pair.open()
     far.write(b"x" * 100)
-    far.write(b"y" * 50, wire.EXTENDED)
-    far.append(wire.EOF)
+    far.write(b"y" * 50, frames.EXTENDED)
+    far.append(frames.EOF)
     pair.pump()
     assert near.out == b""
     assert far.room == -150
@@ -120,7 +120,7 @@ def test_many_small_writes_are_joined():
         if number % 30_000 == 0:
             pair.pump()
     assert len(near._queue) < 20
-    assert near.queued == len(data) - wire.INITIAL_CREDIT
+    assert near.queued == len(data) - frames.INITIAL_CREDIT
     pair.agent.streams[near.id].grant(len(data))
     pair.pump()
     assert far.out == data
@@ -134,11 +134,11 @@ def test_pieces_go_as_one_frame():
     pair.pump()
     came = []
     near.wire_data = lambda data, extended: came.append((bytes(data), extended))
-    for flags in (0, 0, wire.EXTENDED, wire.EXTENDED, 0):
+    for flags in (0, 0, frames.EXTENDED, frames.EXTENDED, 0):
         far.write(b"x" * 10_000, flags)
     pair.pump()
     x = b"x" * 10_000
-    assert came == [(x * 2, 0), (x * 2, wire.EXTENDED), (x, 0)]
+    assert came == [(x * 2, 0), (x * 2, frames.EXTENDED), (x, 0)]
     came.clear()
     far.write(x * 60)
     far.write(x)
@@ -170,9 +170,9 @@ def test_a_natural_end_drains_before_it_closes():
     pair = Pair()
     stream, near, far, _ = pair.open()
     far.write(b"z" * 1000)
-    far.append(wire.EOF)
-    far.append(wire.EXIT, b'{"status": 3}')
-    far.append(wire.CLOSE)
+    far.append(frames.EOF)
+    far.append(frames.EXIT, b'{"status": 3}')
+    far.append(frames.CLOSE)
     pair.pump()
     assert near.events == []
     for limit in (400, 999, 1000):
@@ -205,7 +205,7 @@ def test_refusal_reaches_the_opener():
     """REFUSED is the last word on a stream."""
     pair = Pair()
     _, near, far, _ = pair.open()
-    wire.refuse(far, 3, "no")
+    wirestream.refuse(far, 3, "no")
     pair.pump()
     assert near.events == [("refused", 3, "no")]
     assert not pair.gateway.streams
@@ -238,7 +238,7 @@ def test_bulk_streams_take_turns():
     two.write(b"2" * 2_000_000)
     for _ in range(4):
         pair.agent.receive(b"".join(pair.gateway.next_message()), 0.0)
-    assert abs(len(first.out) - len(second.out)) <= wire.MAX_MESSAGE
+    assert abs(len(first.out) - len(second.out)) <= frames.MAX_MESSAGE
     assert len(first.out) > 0
     assert len(second.out) > 0
 
@@ -253,9 +253,9 @@ def test_data_stops_before_the_bounds_and_control_still_passes():
     while (message := pair.gateway.next_message()) is not None:
         kept.append(message)
     unacked = pair.gateway.sent_bytes - pair.gateway.acked_bytes
-    assert unacked <= wire.DATA_UNACKED_BYTES
+    assert unacked <= frames.DATA_UNACKED_BYTES
     assert pair.gateway.blocked
-    stream.control(wire.RESIZE, wire.SIZE.pack(80, 24, 0, 0))
+    stream.control(frames.RESIZE, frames.SIZE.pack(80, 24, 0, 0))
     assert len(b"".join(pair.gateway.next_message())) < 100
 
 
@@ -267,7 +267,7 @@ def test_messages_are_bounded_by_number():
     for _ in range(1000):
         stream.write(b"k")
         count += pair.gateway.next_message() is not None
-    assert count <= wire.DATA_UNACKED_MESSAGES
+    assert count <= frames.DATA_UNACKED_MESSAGES
 
 
 def test_acknowledgements_go_alone_when_they_are_due():
@@ -275,11 +275,11 @@ def test_acknowledgements_go_alone_when_they_are_due():
     pair = Pair()
     stream, _, _, _ = pair.open()
     pair.pump()
-    for _ in range(wire.ACK_MESSAGES):
+    for _ in range(frames.ACK_MESSAGES):
         stream.write(b"k")
         pair.agent.receive(b"".join(pair.gateway.next_message()), 0.0)
     alone = pair.agent.next_message()
-    assert len(b"".join(alone)) == wire.MESSAGE.size
+    assert len(b"".join(alone)) == frames.MESSAGE.size
     pair.gateway.receive(b"".join(alone), 0.0)
     assert pair.gateway.acked_bytes == pair.gateway.sent_bytes
     assert pair.gateway.next_message() is None
@@ -292,7 +292,7 @@ def test_a_gap_is_noticed_and_nothing_is_delivered():
     stream.write(b"lost")
     pair.gateway.next_message()
     stream.write(b"found")
-    with pytest.raises(wire.WireGap):
+    with pytest.raises(frames.WireGap):
         pair.agent.receive(b"".join(pair.gateway.next_message()), 0.0)
     assert typed.out == b""
     pair.attach_again()
@@ -306,13 +306,13 @@ def test_a_peer_that_forgot_is_not_resumed():
     pair.agent.ping(0.0)
     pair.pump()
     assert pair.gateway.acked_bytes > 0
-    with pytest.raises(wire.WireViolation):
+    with pytest.raises(frames.WireViolation):
         pair.gateway.resume(0)
-    with pytest.raises(wire.WireViolation):
+    with pytest.raises(frames.WireViolation):
         pair.gateway.resume(pair.gateway.sent_bytes + 1)
 
 
-def road(rtt: float) -> tuple[Pair, wire.Stream, wire.Stream]:
+def road(rtt: float) -> tuple[Pair, wirestream.Stream, wirestream.Stream]:
     """A stream over a road of that round trip, and its far end."""
     pair = Pair()
     stream, _, far, _ = pair.open()
@@ -325,7 +325,9 @@ def road(rtt: float) -> tuple[Pair, wire.Stream, wire.Stream]:
     return pair, stream, far
 
 
-def take(pair: Pair, stream: wire.Stream, far: wire.Stream, rate: float, seconds: float) -> None:
+def take(
+    pair: Pair, stream: wirestream.Stream, far: wirestream.Stream, rate: float, seconds: float
+) -> None:
     """The far end gives whatever it may, of what is taken at ``rate``, for so long."""
     end = pair.now + seconds
     while pair.now < end:
@@ -339,14 +341,14 @@ def take(pair: Pair, stream: wire.Stream, far: wire.Stream, rate: float, seconds
 def test_the_cap_follows_the_round_trip():
     """On a far road it is twice the bytes of one round trip, and no more than its ceiling."""
     pair, stream, far = road(0.1)
-    assert stream.cap == wire.CAP_FLOOR
+    assert stream.cap == wirestream.CAP_FLOOR
     for _ in range(40):
         stream.grant(1 << 30)
         pair.pump()
         far.write(b"b" * max(far.room, 0))
         pair.pump()
         pair.now += 0.1
-    assert stream.cap == wire.CAP_CEILING
+    assert stream.cap == wirestream.CAP_CEILING
 
 
 def test_the_cap_follows_the_consumer():
@@ -357,7 +359,7 @@ def test_the_cap_follows_the_consumer():
     take(pair, stream, far, 70e6, 0.5)
     assert stream.cap == pytest.approx(7e5, rel=0.02)
     take(pair, stream, far, 1e6, 0.5)
-    assert stream.cap == wire.CAP_FLOOR
+    assert stream.cap == wirestream.CAP_FLOOR
 
 
 def test_beside_keys_nothing_waits():
@@ -371,47 +373,53 @@ def test_beside_keys_nothing_waits():
     echo.write(b"k")
     pair.pump()
     assert stream.cap == pytest.approx(2e5, rel=0.02)
-    assert typed.cap == wire.CAP_FLOOR
+    assert typed.cap == wirestream.CAP_FLOOR
 
 
 def frame(frame_type: int, stream: int, payload: bytes = b"", length: int | None = None) -> bytes:
     """One frame, perhaps lying about its length."""
     size = len(payload) if length is None else length
-    return wire.FRAME.pack(frame_type, 0, stream, size) + payload
+    return frames.FRAME.pack(frame_type, 0, stream, size) + payload
 
 
 @pytest.mark.parametrize(
     "payload",
     [
-        frame(wire.DATA, 1, length=wire.MAX_DATA + 1),
-        frame(wire.OPEN, 1, length=wire.MAX_FRAME + 1),
-        frame(wire.DATA, 5, b"x"),
-        frame(wire.OPEN, 2, b"{}"),
-        frame(wire.OPEN, 1, b"[1]"),
-        frame(wire.OPEN, 1, b"\xff\xfe"),
-        frame(wire.OPEN, 1, b"[" * 60000),
+        frame(frames.DATA, 1, length=frames.MAX_DATA + 1),
+        frame(frames.OPEN, 1, length=frames.MAX_FRAME + 1),
+        frame(frames.DATA, 5, b"x"),
+        frame(frames.OPEN, 2, b"{}"),
+        frame(frames.OPEN, 1, b"[1]"),
+        frame(frames.OPEN, 1, b"\xff\xfe"),
+        frame(frames.OPEN, 1, b"[" * 60000),
         frame(99, 0),
-        frame(wire.PING, 0, b"short"),
-        frame(wire.OPEN, 1, b"{}") + frame(99, 1),
-        frame(wire.OPEN, 1, b"{}") + frame(wire.EXIT, 1, b"{}"),
-        frame(wire.OPEN, 1, b"{}") + frame(wire.CREDIT, 1, b"12"),
-        frame(wire.OPEN, 1, b"{}") + frame(wire.DATA, 1, b"x" * (wire.INITIAL_CREDIT + 1)),
+        frame(frames.PING, 0, b"short"),
+        frame(frames.OPEN, 1, b"{}") + frame(99, 1),
+        frame(frames.OPEN, 1, b"{}") + frame(frames.EXIT, 1, b"{}"),
+        frame(frames.OPEN, 1, b"{}") + frame(frames.CREDIT, 1, b"12"),
+        frame(frames.OPEN, 1, b"{}") + frame(frames.DATA, 1, b"x" * (frames.INITIAL_CREDIT + 1)),
     ],
 )
 def test_what_an_honest_peer_never_sends_is_a_violation(payload):
     """Hostile lengths, unknown types and streams, and DATA beyond credit."""
     agent = wire.Endpoint(opened=lambda stream, _: setattr(stream, "receiver", Recorder()))
-    with pytest.raises(wire.WireViolation):
-        agent.receive(wire.MESSAGE.pack(wire.BYTES, 0, 0) + payload, 0.0)
+    with pytest.raises(frames.WireViolation):
+        agent.receive(frames.MESSAGE.pack(frames.BYTES, 0, 0) + payload, 0.0)
 
 
 @pytest.mark.parametrize(
     "message",
-    [b"", b"\0", wire.MESSAGE.pack(wire.START, 0, 0), wire.MESSAGE.pack(0, 0, 5), b"\0" * 300000],
+    [
+        b"",
+        b"\0",
+        frames.MESSAGE.pack(frames.START, 0, 0),
+        frames.MESSAGE.pack(0, 0, 5),
+        b"\0" * 300000,
+    ],
 )
 def test_malformed_messages_are_violations(message):
     """Too short, too long, of another kind, or acknowledging what was never sent."""
-    with pytest.raises(wire.WireViolation):
+    with pytest.raises(frames.WireViolation):
         wire.Endpoint().receive(message, 0.0)
 
 
@@ -420,8 +428,8 @@ def test_noise_is_a_violation_or_waits_for_more(noise):
     """No bytes of a peer raise anything but what the owner of an endpoint expects."""
     agent = wire.Endpoint(opened=lambda stream, _: setattr(stream, "receiver", Recorder()))
     try:
-        agent.receive(wire.MESSAGE.pack(wire.BYTES, 0, 0) + noise, 0.0)
-    except wire.WireViolation:
+        agent.receive(frames.MESSAGE.pack(frames.BYTES, 0, 0) + noise, 0.0)
+    except frames.WireViolation:
         pass
 
 
@@ -429,8 +437,8 @@ def test_noise_is_a_violation_or_waits_for_more(noise):
 def test_json_bodies_are_objects_or_violations(noise):
     """ATTACH and its kin never raise anything else either."""
     try:
-        assert isinstance(wire.body_of(b"\1" + noise), dict)
-    except wire.WireViolation:
+        assert isinstance(frames.body_of(b"\1" + noise), dict)
+    except frames.WireViolation:
         pass
 
 
@@ -464,7 +472,7 @@ def test_every_fragmentation_gives_the_same(writes, sizes):
     offset = step = 0
     while offset < len(data):
         piece = data[offset : offset + sizes[step % len(sizes)]]
-        agent.receive(wire.MESSAGE.pack(wire.BYTES, offset, 0) + piece, 0.0)
+        agent.receive(frames.MESSAGE.pack(frames.BYTES, offset, 0) + piece, 0.0)
         offset, step = offset + len(piece), step + 1
     for second in (False, True):
         expected = b"".join(payload for which, payload in writes if which is second)
@@ -521,10 +529,10 @@ def test_a_repeated_message_is_taken_once():
     message = b"".join(pair.gateway.next_message())
     pair.agent.receive(message, 0.0)
     pair.agent.receive(message, 0.0)
-    kind, offset, acked = wire.MESSAGE.unpack_from(message)
-    more = frame(wire.DATA, 1, b"ghi")
-    overlap = message[wire.MESSAGE.size + 4 :] + more
-    pair.agent.receive(wire.MESSAGE.pack(kind, offset + 4, acked) + overlap, 0.0)
+    kind, offset, acked = frames.MESSAGE.unpack_from(message)
+    more = frame(frames.DATA, 1, b"ghi")
+    overlap = message[frames.MESSAGE.size + 4 :] + more
+    pair.agent.receive(frames.MESSAGE.pack(kind, offset + 4, acked) + overlap, 0.0)
     assert bytes(typed.out) == b"abcdefghi"
 
 
@@ -543,7 +551,8 @@ def test_a_receivers_defect_costs_nothing_of_other_streams():
     good.write(b"12345")
     message = b"".join(pair.gateway.next_message())
     half = len(message) - 2
-    later = wire.MESSAGE.pack(wire.BYTES, pair.agent.received_bytes + half - wire.MESSAGE.size, 0)
+    offset = pair.agent.received_bytes + half - frames.MESSAGE.size
+    later = frames.MESSAGE.pack(frames.BYTES, offset, 0)
     with pytest.raises(RuntimeError):
         pair.agent.receive(message[:half], 0.0)
     pair.agent.receive(later + message[half:], 0.0)
@@ -555,11 +564,11 @@ def test_a_stream_can_be_closed_whatever_is_queued():
     pair = Pair()
     loud, _, _, _ = pair.open()
     other, _, _, far = pair.open()
-    size = wire.SIZE.pack(80, 24, 0, 0)
-    for _ in range(wire.MAX_CONTROL):
-        loud.control(wire.RESIZE, size)
-    with pytest.raises(wire.WireViolation):
-        loud.control(wire.RESIZE, size)
+    size = frames.SIZE.pack(80, 24, 0, 0)
+    for _ in range(frames.MAX_CONTROL):
+        loud.control(frames.RESIZE, size)
+    with pytest.raises(frames.WireViolation):
+        loud.control(frames.RESIZE, size)
     other.close("over")
     assert other.closed
     pair.pump()
@@ -569,29 +578,29 @@ def test_a_stream_can_be_closed_whatever_is_queued():
 def test_too_many_streams_are_refused_one_by_one():
     """The limit costs the newcomer its stream, not the session."""
     pair = Pair()
-    for _ in range(wire.MAX_STREAMS):
+    for _ in range(frames.MAX_STREAMS):
         pair.gateway.open({"kind": "process"}, Recorder())
     late = Recorder()
     pair.gateway.open({"kind": "process"}, late)
     pair.pump()
     assert late.events[0][:2] == ("refused", 4)
-    assert len(pair.agent.streams) == wire.MAX_STREAMS
+    assert len(pair.agent.streams) == frames.MAX_STREAMS
 
 
 def test_pings_do_not_pile_up_answers():
     """A peer that only asks finds at most one PONG waiting."""
     agent = wire.Endpoint(opened=lambda *_: None)
-    pings = b"".join(frame(wire.PING, 0, struct.pack(">Q", n)) for n in range(5000))
-    agent.receive(wire.MESSAGE.pack(wire.BYTES, 0, 0) + pings, 0.0)
+    pings = b"".join(frame(frames.PING, 0, struct.pack(">Q", n)) for n in range(5000))
+    agent.receive(frames.MESSAGE.pack(frames.BYTES, 0, 0) + pings, 0.0)
     answer = b"".join(agent.next_message())
-    assert len(answer) == wire.MESSAGE.size + wire.FRAME.size + 8
+    assert len(answer) == frames.MESSAGE.size + frames.FRAME.size + 8
 
 
 def test_goodbye_and_farewell_are_told():
     """Stream 0 carries the end of a session."""
     pair = Pair()
-    pair.gateway.control(wire.GOODBYE, 0)
+    pair.gateway.control(frames.GOODBYE, 0)
     pair.pump()
-    pair.agent.control(wire.FAREWELL, 0, json.dumps({"sessions": 0}).encode())
+    pair.agent.control(frames.FAREWELL, 0, json.dumps({"sessions": 0}).encode())
     pair.pump()
-    assert pair.told == [(wire.GOODBYE, b""), (wire.FAREWELL, b'{"sessions": 0}')]
+    assert pair.told == [(frames.GOODBYE, b""), (frames.FAREWELL, b'{"sessions": 0}')]

@@ -22,6 +22,8 @@ _RELAY = "_conchkernel_relay"
 
 #: The agent's modules, in an order in which each finds what it imports.
 _AGENT_MODULES = (
+    ("conchkernel.frames", "conchkernel", "frames.py"),
+    ("conchkernel.wirestream", "conchkernel", "wirestream.py"),
     ("conchkernel.wire", "conchkernel", "wire.py"),
     ("conchkernel.remote.service", "conchkernel.remote", "service.py"),
     ("conchkernel.remote.door", "conchkernel.remote", "door.py"),

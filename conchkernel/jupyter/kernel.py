@@ -18,7 +18,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from conchkernel import wire
+from conchkernel import frames
 from conchkernel.errors import KernelUnsupported, LinkLost
 from conchkernel.jupyter import injection
 from conchkernel.jupyter.channels import KernelChannels, connect_channels
@@ -79,14 +79,14 @@ class KernelCarrier:
 
     def received(self, message: bytes | memoryview) -> None:
         """One message of the relay."""
-        if message[:1] == bytes([wire.STARTED]):
+        if message[:1] == bytes([frames.STARTED]):
             started, self._started = self._started, None
             if started is not None:
                 try:
-                    started.callback(wire.body_of(message))
-                except wire.WireViolation as violation:
+                    started.callback(frames.body_of(message))
+                except frames.WireViolation as violation:
                     started.errback(LinkLost(str(violation)))
-        elif self._leaving is not None and message[:1] == bytes([wire.LOST]):
+        elif self._leaving is not None and message[:1] == bytes([frames.LOST]):
             pass  # that is known, and it is too early to look for the next kernel
         elif self._user is not None:
             self._user.received(message)
@@ -144,7 +144,7 @@ class KernelCarrier:
         started: Deferred[dict[str, Any]] = Deferred()
         self._started = started
         started.addTimeout(START_SECONDS, reactor)
-        channels.send_carrier([bytes([wire.START]) + json.dumps(start).encode()])
+        channels.send_carrier([bytes([frames.START]) + json.dumps(start).encode()])
         try:
             answer = await started
         except TimeoutError:

@@ -21,7 +21,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from conchkernel import wire
+from conchkernel import frames, wire, wirestream
 from conchkernel.errors import (
     ConchKernelError,
     JupyterError,
@@ -183,14 +183,14 @@ class Link:
         self._answer = answer
         session = self._session
         request = {
-            "versions": [wire.VERSION],
+            "versions": [frames.VERSION],
             "session": session,
             "received": self._endpoint.received_bytes,
             "secret": self._secret,
         }
         if self._former:
             request["former"] = self._former
-        carrier.send([wire.message_of(wire.ATTACH, request)])
+        carrier.send([frames.message_of(frames.ATTACH, request)])
         try:
             attached = await answer
         except TimeoutError:
@@ -208,12 +208,12 @@ class Link:
             self._abandon(LinkLost("the processes on the kernel's host are gone"))
             self._session, self._former = session, ""
         received = attached.get("received")
-        if attached.get("version") != wire.VERSION or not isinstance(received, int):
+        if attached.get("version") != frames.VERSION or not isinstance(received, int):
             raise LinkLost("the agent on the kernel's host speaks another language")
         try:
             for message in self._endpoint.resume(received):
                 carrier.send(message)
-        except wire.WireViolation as error:
+        except frames.WireViolation as error:
             self._abandon(LinkLost("the session with the kernel's host is broken"))
             raise LinkLost(str(error)) from None
         self._state = _State.ATTACHED
@@ -330,25 +330,25 @@ class Link:
     def received(self, message: bytes | memoryview) -> None:
         """One message of the carrier."""
         kind = message[0] if message else -1
-        if kind == wire.BYTES:
+        if kind == frames.BYTES:
             self._heard = now = self._reactor.seconds()
             try:
                 self._endpoint.receive(message, now)
-            except wire.WireGap as gap:
+            except frames.WireGap as gap:
                 self._detach(LinkLost(str(gap)))
-            except wire.WireViolation as violation:
+            except frames.WireViolation as violation:
                 self._log.error("the agent broke the protocol: {why}", why=str(violation))
                 self._abandon(LinkLost("the session with the kernel's host is broken"))
                 self._detach(LinkLost(str(violation)))
             else:
                 self.wake()
-        elif kind == wire.ATTACHED and self._answer is not None:
+        elif kind == frames.ATTACHED and self._answer is not None:
             answer, self._answer = self._answer, None
             try:
-                answer.callback(wire.body_of(message))
-            except wire.WireViolation as violation:
+                answer.callback(frames.body_of(message))
+            except frames.WireViolation as violation:
                 answer.errback(LinkLost(str(violation)))
-        elif kind == wire.LOST:
+        elif kind == frames.LOST:
             self._detach(LinkLost("the agent on the kernel's host is gone"))
 
     def lost(self, reason: Exception) -> None:
@@ -361,8 +361,8 @@ class Link:
         self.wake()
 
     def _told(self, frame_type: int, payload: bytes) -> None:
-        if frame_type != wire.FAREWELL:
-            raise wire.WireViolation("only an agent says farewell")
+        if frame_type != frames.FAREWELL:
+            raise frames.WireViolation("only an agent says farewell")
         farewell, self._farewell = self._farewell, None
         if farewell is not None:
             try:
@@ -439,7 +439,7 @@ class Link:
         stream = self._begin(FilesStream(self, store), parameters)
         store.began(stream)
         if stream.wire is not None:
-            stream.wire.floor = wire.CAP_FLOOR_OF_FILES
+            stream.wire.floor = wirestream.CAP_FLOOR_OF_FILES
         # What comes is taken at once: those who ask bound it.
         stream.grant(EVERYTHING)
         return store
@@ -469,7 +469,7 @@ class Link:
             farewell: Deferred[int] = Deferred()
             self._farewell = farewell
             farewell.addTimeout(FAREWELL_SECONDS, self._reactor)
-            self._endpoint.control(wire.GOODBYE, 0)
+            self._endpoint.control(frames.GOODBYE, 0)
             self._flush()
             try:
                 others = await farewell
@@ -500,7 +500,7 @@ class KernelStream:
     _stirs = 1
 
     def __init__(self, link: Link, receiver: Any) -> None:
-        self.wire: wire.Stream | None = None
+        self.wire: wirestream.Stream | None = None
         self._link = link
         self._receiver = receiver
         self.over = False
@@ -521,7 +521,7 @@ class KernelStream:
     def writeEOF(self) -> None:
         """See :meth:`IStream.writeEOF`."""
         if not self.over and self.wire is not None:
-            self.wire.append(wire.EOF)
+            self.wire.append(frames.EOF)
             self._link.wake()
 
     def grant(self, limit: int) -> None:
@@ -532,20 +532,20 @@ class KernelStream:
 
     def resize(self, size: WindowSize) -> None:
         """See :meth:`IStream.resize`."""
-        payload = wire.SIZE.pack(size.columns, size.rows, size.width_pixels, size.height_pixels)
-        self._control(wire.RESIZE, payload)
+        payload = frames.SIZE.pack(size.columns, size.rows, size.width_pixels, size.height_pixels)
+        self._control(frames.RESIZE, payload)
 
     def signal(self, name: str) -> None:
         """See :meth:`IStream.signal`."""
-        self._control(wire.SIGNAL, name.encode("ascii", "replace")[:64])
+        self._control(frames.SIGNAL, name.encode("ascii", "replace")[:64])
 
     def sendBreak(self, milliseconds: int) -> None:
         """See :meth:`IStream.sendBreak`."""
-        self._control(wire.BREAK, wire.U32.pack(milliseconds & 0xFFFFFFFF))
+        self._control(frames.BREAK, frames.U32.pack(milliseconds & 0xFFFFFFFF))
 
     def stopReading(self) -> None:
         """See :meth:`IStream.stopReading`."""
-        self._control(wire.STOP, b"")
+        self._control(frames.STOP, b"")
 
     def _control(self, frame_type: int, payload: bytes) -> None:
         if not self.over and self.wire is not None:

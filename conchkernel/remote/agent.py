@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from conchkernel import wire
+from conchkernel import frames, wire, wirestream
 from conchkernel.remote import listening, pump, stdinport
 from conchkernel.remote.carriers import Carrier, RelayCarrier, same_account
 from conchkernel.remote.door import Door
@@ -34,7 +34,7 @@ MAX_SESSIONS = 64
 #: A gateway at a kernel's stdin channel has two: its own, and the relay's that stands for it.
 MAX_CARRIERS = 256
 #: One read of output: with its headers it fills one message.
-BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
+BATCH = frames.MAX_MESSAGE - frames.MESSAGE.size - frames.FRAME.size
 #: What an OPEN may ask for.
 _KINDS: dict[Any, Callable[..., Any]] = {
     "process": Process,
@@ -234,7 +234,8 @@ class Agent:
 
     def asked(self, carrier: RelayCarrier, kind: int, request: dict[str, Any]) -> None:
         """A relay asks for something that is no session's."""
-        (stdinport.hand_over if kind == wire.HANDOVER else stdinport.claim)(self, carrier, request)
+        answer = stdinport.hand_over if kind == frames.HANDOVER else stdinport.claim
+        answer(self, carrier, request)
 
     def attach(self, carrier: Carrier, request: dict[str, Any]) -> None:
         """Answer an ATTACH."""
@@ -244,8 +245,8 @@ class Agent:
         received = request.get("received")
         if not hmac.compare_digest(secret, self._secret):
             carrier.refuse("the agent does not know this gateway's secret")
-        elif not isinstance(versions, list) or wire.VERSION not in versions:
-            carrier.refuse(f"the agent speaks version {wire.VERSION} of the wire only")
+        elif not isinstance(versions, list) or frames.VERSION not in versions:
+            carrier.refuse(f"the agent speaks version {frames.VERSION} of the wire only")
         elif not isinstance(name, str) or len(name) != 32 or not isinstance(received, int):
             carrier.refuse("malformed ATTACH")
         else:
@@ -298,7 +299,7 @@ class Session:
         """Go on over this carrier; the former one is closed."""
         try:
             replay = self.endpoint.resume(received)
-        except wire.WireViolation as error:
+        except frames.WireViolation as error:
             carrier.refuse(str(error))
             self.end()  # nothing can go on from there; asked for again, it begins anew
             return
@@ -310,12 +311,12 @@ class Session:
         carrier.session = self
         self.heard = time.monotonic()
         answer = {
-            "version": wire.VERSION,
+            "version": frames.VERSION,
             "received": self.endpoint.received_bytes,
             "new": new,
             "agent": self._agent.options.get("version", ""),
         }
-        carrier.send([wire.message_of(wire.ATTACHED, answer)])
+        carrier.send([frames.message_of(frames.ATTACHED, answer)])
         for message in replay:
             carrier.send(message)
         self.endpoint.ping(time.monotonic())
@@ -327,9 +328,9 @@ class Session:
         self._agent.heard()
         try:
             self.endpoint.receive(message, now)
-        except wire.WireGap:
+        except frames.WireGap:
             self.detach()
-        except wire.WireViolation:
+        except frames.WireViolation:
             self.end()
         else:
             self._agent.settle(self)
@@ -364,25 +365,26 @@ class Session:
             service.hang_up()
         self._streams.clear()
 
-    def _opened(self, stream: wire.Stream, parameters: dict[str, Any]) -> None:
+    def _opened(self, stream: wirestream.Stream, parameters: dict[str, Any]) -> None:
         for stream_id in [n for n in self._streams if n not in self.endpoint.streams]:
             del self._streams[stream_id]
         kind = parameters.get("kind")
         make = _KINDS.get(kind) if isinstance(kind, str) else None
         if make is None:
-            wire.refuse(stream, UNKNOWN_KIND, "the agent does not know this kind of stream")
+            wirestream.refuse(stream, UNKNOWN_KIND, "the agent does not know this kind of stream")
             return
         try:
             service = make(self._agent, self, stream, parameters)
         except CannotServe as error:
-            wire.refuse(stream, error.code, str(error))
+            wirestream.refuse(stream, error.code, str(error))
         except CannotRun as error:
-            wire.refuse(stream, SHORTAGE, str(error))
+            wirestream.refuse(stream, SHORTAGE, str(error))
         except OSError as error:
-            wire.refuse(stream, SHORTAGE, f"nothing can be started for it: {error.strerror}")
+            wirestream.refuse(stream, SHORTAGE, f"nothing can be started for it: {error.strerror}")
         except Exception as error:
             # A defect of ours; without an answer somebody would wait for ever.
-            wire.refuse(stream, SHORTAGE, f"nothing can be started for it ({type(error).__name__})")
+            problem = f"nothing can be started for it ({type(error).__name__})"
+            wirestream.refuse(stream, SHORTAGE, problem)
         else:
             stream.receiver = service
             self._streams[stream.id] = service
@@ -392,10 +394,10 @@ class Session:
         return self._streams.get(stream_id) if isinstance(stream_id, int) else None
 
     def _told(self, frame_type: int, payload: bytes) -> None:
-        if frame_type != wire.GOODBYE:
-            raise wire.WireViolation("only a gateway says farewell")
+        if frame_type != frames.GOODBYE:
+            raise frames.WireViolation("only a gateway says farewell")
         answer = b'{"sessions": %d}' % (len(self._agent.sessions) - 1)
-        self.endpoint.control(wire.FAREWELL, 0, answer)
+        self.endpoint.control(frames.FAREWELL, 0, answer)
         self._farewell = True
 
 

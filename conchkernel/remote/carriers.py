@@ -12,7 +12,7 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from conchkernel import wire
+from conchkernel import frames
 from conchkernel.remote import zmtp
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ class Carrier:
     def pad(self) -> None:
         """Send the PADDING that the carrier is worth, once."""
         padding, self.padding = self.padding, 0
-        self.send([bytes([wire.PADDING]), bytes(padding)])
+        self.send([bytes([frames.PADDING]), bytes(padding)])
 
     def refuse(self, sentence: str) -> None:
         """Answer an ATTACH with a sentence and hang up."""
-        self.send([wire.message_of(wire.ATTACHED, {"error": sentence})])
+        self.send([frames.message_of(frames.ATTACHED, {"error": sentence})])
         self.close()
 
     def failed(self) -> None:
@@ -153,10 +153,10 @@ class Carrier:
     def _message(self, message: memoryview) -> None:
         if self.session is not None:
             self.session.received(message)
-        elif message[0] == wire.ATTACH:
+        elif message[0] == frames.ATTACH:
             try:
-                request = wire.body_of(message)
-            except wire.WireViolation:
+                request = frames.body_of(message)
+            except frames.WireViolation:
                 self.lost()
             else:
                 self._agent.attach(self, request)
@@ -192,7 +192,7 @@ class RelayCarrier(Carrier):
 
     def answer(self, done: bool) -> None:
         """Tell the relay whether what it asked for was done."""
-        self.send([bytes([wire.TAKEN, done])])
+        self.send([bytes([frames.TAKEN, done])])
 
     def lost(self) -> None:
         """The relay has hung up, or the kernel is gone."""
@@ -202,10 +202,11 @@ class RelayCarrier(Carrier):
         super().lost()
 
     def _message(self, message: memoryview) -> None:
-        if message[0] in (wire.HANDOVER, wire.CLAIM) and self.session is self.stands_for is None:
+        asks = message[0] in (frames.HANDOVER, frames.CLAIM)
+        if asks and self.session is self.stands_for is None:
             try:
-                self._agent.asked(self, message[0], wire.body_of(message))
-            except (wire.WireViolation, ValueError):
+                self._agent.asked(self, message[0], frames.body_of(message))
+            except (frames.WireViolation, ValueError):
                 self.lost()
         else:
             super()._message(message)
@@ -217,7 +218,7 @@ class RelayCarrier(Carrier):
         position = 0
         while len(view) - position >= 4 and not self.closed:
             (length,) = _LENGTH.unpack_from(view, position)
-            if not 0 < length <= wire.MAX_MESSAGE:
+            if not 0 < length <= frames.MAX_MESSAGE:
                 self.lost()
                 break
             end = position + 4 + length
@@ -243,7 +244,7 @@ class ServerCarrier(Carrier):
         signer: zmtp.Signer,
         claimant: RelayCarrier,
     ) -> None:
-        self.padding = wire.PADDING_BYTES
+        self.padding = frames.PADDING_BYTES
         self._signer = signer
         self._claimant = claimant
         self._broken = False
@@ -252,7 +253,7 @@ class ServerCarrier(Carrier):
 
     def refuse(self, sentence: str) -> None:
         """Answer an ATTACH with a sentence. The gateway hangs up."""
-        self.send([wire.message_of(wire.ATTACHED, {"error": sentence})])
+        self.send([frames.message_of(frames.ATTACHED, {"error": sentence})])
 
     def broken(self) -> None:
         """The socket is gone: what is said here reaches nobody."""
@@ -269,7 +270,7 @@ class ServerCarrier(Carrier):
             return
         told = self.clear and not self._broken
         if told:
-            self.send([bytes([wire.LOST])])
+            self.send([bytes([frames.LOST])])
             if self.closed:
                 return  # there was nobody to send it to
             told = self.clear
@@ -286,14 +287,14 @@ class ServerCarrier(Carrier):
         position = 0
         while not self.closed:
             try:
-                found = zmtp.find_message(view, position, wire.MAX_MESSAGE)
+                found = zmtp.find_message(view, position, frames.MAX_MESSAGE)
             except zmtp.Malformed:
                 self.lost()
                 break
             if found is None:
                 break
-            frames, position = found
-            message = self._signer.checked(frames)
+            pieces, position = found
+            message = self._signer.checked(pieces)
             if message is not None:
                 self._message(message)
         return position

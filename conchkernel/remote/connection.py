@@ -16,7 +16,7 @@ import struct
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from conchkernel import wire
+from conchkernel import frames, wirestream
 from conchkernel.remote import addresses
 from conchkernel.remote.intake import Intake
 from conchkernel.remote.service import CONNECT_FAILED, SHORTAGE, Service
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from conchkernel.remote.agent import Agent, Session
 
 #: One read: with its headers it fills one message.
-BATCH = wire.MAX_MESSAGE - wire.MESSAGE.size - wire.FRAME.size
+BATCH = frames.MAX_MESSAGE - frames.MESSAGE.size - frames.FRAME.size
 #: Seconds for which a Unix socket's full queue is waited for.
 _PATIENCE = 30
 
@@ -47,7 +47,7 @@ class Connection(Service):
         self,
         agent: Agent,
         session: Session,
-        stream: wire.Stream,
+        stream: wirestream.Stream,
         connected: socket.socket | None = None,
     ) -> None:
         self.session = session
@@ -69,7 +69,7 @@ class Connection(Service):
 
     @classmethod
     def to_host(
-        cls, agent: Agent, session: Session, stream: wire.Stream, host: str, port: int
+        cls, agent: Agent, session: Session, stream: wirestream.Stream, host: str, port: int
     ) -> Connection:
         """One to a TCP port; its addresses are tried one after the other."""
         self = cls(agent, session, stream)
@@ -89,7 +89,9 @@ class Connection(Service):
         return self
 
     @classmethod
-    def to_path(cls, agent: Agent, session: Session, stream: wire.Stream, path: str) -> Connection:
+    def to_path(
+        cls, agent: Agent, session: Session, stream: wirestream.Stream, path: str
+    ) -> Connection:
         """One to a Unix socket."""
         self = cls(agent, session, stream)
         self._addresses = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, path)]
@@ -174,7 +176,7 @@ class Connection(Service):
         error = self._problem or OSError(0, "it has no address")
         self._over = True
         code = SHORTAGE if error.errno in _SHORTAGES else CONNECT_FAILED
-        wire.refuse(self._stream, code, addresses.why(error))
+        wirestream.refuse(self._stream, code, addresses.why(error))
         self._agent.settle(self.session)
 
     def _begin(self) -> None:
@@ -187,7 +189,7 @@ class Connection(Service):
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # Also where the agent is killed: then the system closes it.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self._stream.control(wire.OPENED, b"{}")
+        self._stream.control(frames.OPENED, b"{}")
         self._intake.open(self._socket.fileno(), self._socket.send)
         self._watch()
         self._agent.settle(self.session)
@@ -227,7 +229,7 @@ class Connection(Service):
             # Looked at when this has been sent: mostly there is room again, and nothing changes.
             self._agent.look_again(self)
         else:
-            stream.append(wire.EOF)
+            stream.append(frames.EOF)
             self._end_reading()
             self._agent.settle(self.session)
 
@@ -253,7 +255,7 @@ class Connection(Service):
 
     def wire_control(self, frame_type: int, payload: bytes) -> None:
         """STOP: nobody wants what the socket would still give."""
-        if frame_type == wire.STOP and not self._over and not self._read_all:
+        if frame_type == frames.STOP and not self._over and not self._read_all:
             self._shut_down(socket.SHUT_RD)
             self._end_reading()
 
@@ -293,7 +295,7 @@ class Connection(Service):
 
     def _end(self, reason: str) -> None:
         """Nothing more goes either way; ``reason`` is why, where that is not the usual end."""
-        self._stream.append(wire.CLOSE, reason.encode())
+        self._stream.append(frames.CLOSE, reason.encode())
         self._release()
         self._agent.settle(self.session)
 

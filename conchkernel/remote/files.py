@@ -18,7 +18,7 @@ from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from conchkernel import wire
+from conchkernel import frames, wirestream
 from conchkernel.remote import filewire as fw
 from conchkernel.remote.fileops import SLOW, Malformed, Operations
 from conchkernel.remote.service import CannotServe, Service
@@ -75,7 +75,7 @@ class FileService(Service):
         self,
         agent: Agent,
         session: Session,
-        stream: wire.Stream,
+        stream: wirestream.Stream,
         parameters: dict[str, Any],
     ) -> None:
         self.session = session
@@ -88,9 +88,9 @@ class FileService(Service):
             raise CannotServe("the agent serves files to too many already")
         operations = _operations(parameters, agent.options)
         info = {"home": operations.home.decode("latin-1"), "features": FEATURES}
-        stream.control(wire.OPENED, json.dumps(info).encode())
+        stream.control(frames.OPENED, json.dumps(info).encode())
         FileService.running += 1
-        stream.floor = wire.CAP_FLOOR_OF_FILES
+        stream.floor = wirestream.CAP_FLOOR_OF_FILES
         self._grant()
         self._look()
         _Worker(self._exchange, operations, self._wake).start()
@@ -118,7 +118,7 @@ class FileService(Service):
             if exchange.complaint:
                 stream.close(exchange.complaint)
             else:
-                stream.append(wire.CLOSE)
+                stream.append(frames.CLOSE)
         self._agent.settle(self.session)
 
     def _grant(self) -> None:

@@ -15,7 +15,7 @@ import stat
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from conchkernel import wire
+from conchkernel import frames, wirestream
 from conchkernel.remote import addresses
 from conchkernel.remote.connection import Connection
 from conchkernel.remote.service import CONNECT_FAILED, CannotServe, Service
@@ -36,7 +36,7 @@ class Listener(Service):
     """The receiver of a stream of kind ``listen``."""
 
     def __init__(
-        self, agent: Agent, session: Session, stream: wire.Stream, parameters: dict[str, Any]
+        self, agent: Agent, session: Session, stream: wirestream.Stream, parameters: dict[str, Any]
     ) -> None:
         self.session = session
         self._agent = agent
@@ -108,7 +108,7 @@ class Listener(Service):
         else:
             problem = self._problem or OSError(0, "there is no such address")
             self._over = True
-            wire.refuse(self._stream, CONNECT_FAILED, addresses.why(problem))
+            wirestream.refuse(self._stream, CONNECT_FAILED, addresses.why(problem))
         self._agent.settle(self.session)
 
     # --- Unix sockets ------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class Listener(Service):
     def _begin(self, info: dict[str, Any]) -> None:
         for made in self._sockets:
             made.setblocking(False)
-        self._stream.control(wire.OPENED, json.dumps(info).encode())
+        self._stream.control(frames.OPENED, json.dumps(info).encode())
         self._watch()
 
     def _watch(self) -> None:
@@ -187,7 +187,7 @@ class Listener(Service):
 
     def wire_data(self, data: memoryview, extended: int) -> None:
         """A listener is told nothing."""
-        raise wire.WireViolation("DATA for a listener")
+        raise frames.WireViolation("DATA for a listener")
 
     def wire_closed(self, reason: str) -> None:
         """The gateway listens no more."""
@@ -240,7 +240,7 @@ def _is_dead(path: str) -> bool:
 
 
 def connect(
-    agent: Agent, session: Session, stream: wire.Stream, parameters: dict[str, Any]
+    agent: Agent, session: Session, stream: wirestream.Stream, parameters: dict[str, Any]
 ) -> Connection:
     """The receiver of a stream of kind ``connect``."""
     if "path" in parameters:
@@ -251,7 +251,7 @@ def connect(
 
 
 def accepted(
-    agent: Agent, session: Session, stream: wire.Stream, parameters: dict[str, Any]
+    agent: Agent, session: Session, stream: wirestream.Stream, parameters: dict[str, Any]
 ) -> Connection:
     """The receiver of a stream of kind ``accepted``."""
     listener = session.service(parameters.get("listener"))

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from conchkernel import wire
+from conchkernel import frames
 from conchkernel.remote import spawn
 from conchkernel.remote.intake import Intake
 from conchkernel.remote.service import Service
@@ -129,10 +129,10 @@ class Process(Service):
         self._outputs[spawned.output] = 0
         info: dict[str, Any] = {"pid": self.pid}
         if spawned.error is not None:
-            self._outputs[spawned.error] = wire.EXTENDED
+            self._outputs[spawned.error] = frames.EXTENDED
         if spawned.tty is not None:
             info["tty"] = os.fsdecode(spawned.tty)
-        stream.control(wire.OPENED, json.dumps(info).encode())
+        stream.control(frames.OPENED, json.dumps(info).encode())
         agent.started(self)
         self._watch()
 
@@ -215,10 +215,10 @@ class Process(Service):
             return
         if not self._told_eof:
             self._told_eof = True
-            self._stream.append(wire.EOF)
+            self._stream.append(frames.EOF)
         if self._exit is not None:
-            self._stream.append(wire.EXIT, json.dumps(spawn.exit_info(self._exit)).encode())
-            self._stream.append(wire.CLOSE)
+            self._stream.append(frames.EXIT, json.dumps(spawn.exit_info(self._exit)).encode())
+            self._stream.append(frames.CLOSE)
             self._release()
         self._agent.settle(self.session)
 
@@ -244,23 +244,23 @@ class Process(Service):
 
     def wire_control(self, frame_type: int, payload: bytes) -> None:
         """RESIZE, SIGNAL, BREAK and STOP."""
-        if frame_type == wire.RESIZE and len(payload) == wire.SIZE.size:
+        if frame_type == frames.RESIZE and len(payload) == frames.SIZE.size:
             if self._terminal and self._input >= 0:
-                size = spawn.winsize(wire.SIZE.unpack(payload))
+                size = spawn.winsize(frames.SIZE.unpack(payload))
                 try:
                     fcntl.ioctl(self._input, termios.TIOCSWINSZ, size)
                 except OSError:
                     pass  # the terminal has hung up; its end is on its way
-        elif frame_type == wire.SIGNAL:
+        elif frame_type == frames.SIGNAL:
             number = getattr(signal, "SIG" + payload.decode("ascii", "replace"), None)
             if isinstance(number, signal.Signals):
                 self._kill(number)
-        elif frame_type == wire.BREAK and self._terminal and self._input >= 0:
+        elif frame_type == frames.BREAK and self._terminal and self._input >= 0:
             try:
                 termios.tcsendbreak(self._input, 0)
             except termios.error:
                 pass
-        elif frame_type == wire.STOP:
+        elif frame_type == frames.STOP:
             # A pipe's writer meets its end; a terminal fills up and its writer waits, as under
             # sshd, where a typed interrupt still ends it.
             for fd in list(self._outputs):
