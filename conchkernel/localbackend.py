@@ -29,7 +29,7 @@ from conchkernel.errors import LinkLost, RefusalCode, StreamRefused
 from conchkernel.filepolicies import JailedFileStore, ReadOnlyFileStore
 from conchkernel.interfaces import IBackend, IKernelLink, ProcessRequest
 from conchkernel.jupyter import openings
-from conchkernel.jupyter.link import KernelStream
+from conchkernel.jupyter.kernelstream import KernelStream
 from conchkernel.jupyter.uses import LinkUse
 from conchkernel.localfiles import DirectoryFileStore
 from conchkernel.remote import listening, pump
@@ -278,8 +278,7 @@ class LocalStream(KernelStream):
     creditCap = CREDIT_CAP_BYTES
 
     def __init__(self, link: LocalLink, receiver: Any) -> None:
-        owner: Any = link
-        super().__init__(owner, receiver)
+        super().__init__(link, receiver)
         self._answer: tuple[int, dict[str, Any]] | None = None
         self._owed = 0
 
@@ -288,7 +287,7 @@ class LocalStream(KernelStream):
         self.wire = end
         if self._answer is not None:
             # Not while our caller is still at work.
-            self._link._reactor.callLater(0, self._tell)
+            self._link.soon(self._tell)
 
     def grant(self, limit: int) -> None:
         """See :class:`IStream`. Nothing may come before it is told that the stream is open."""
@@ -367,6 +366,10 @@ class LocalLink:
 
     def wake(self) -> None:
         """Something was written, which is where it shall be."""
+
+    def soon(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Call it when the caller has returned to the reactor."""
+        self._reactor.callLater(0, call, *arguments)
 
     def forget(self, stream: KernelStream) -> None:
         """The stream is over."""

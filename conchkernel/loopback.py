@@ -31,7 +31,8 @@ from conchkernel.allocator import ENVIRONMENT
 from conchkernel.errors import JupyterUnreachable, LinkLost
 from conchkernel.interfaces import IBackend, IKernelLink
 from conchkernel.jupyter import injection
-from conchkernel.jupyter.link import CarrierUser, Link
+from conchkernel.jupyter.carrier import CarrierUser
+from conchkernel.jupyter.link import Link
 from conchkernel.jupyter.uses import LinkUse
 
 _LENGTH = struct.Struct(">I")

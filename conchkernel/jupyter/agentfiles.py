@@ -37,7 +37,8 @@ from conchkernel.jupyter.foresight import Foresight
 from conchkernel.remote import filewire as fw
 
 if TYPE_CHECKING:
-    from conchkernel.jupyter.link import KernelStream, Link
+    from conchkernel.jupyter.kernelstream import KernelStream
+    from conchkernel.jupyter.link import Link
 
 _PROBLEMS = tuple(FileProblem[name] if name else None for name in fw.PROBLEMS)
 #: Data up to here goes with its request's head in one piece: a frame costs more than the copy.

@@ -26,7 +26,7 @@ from conchkernel.jupyter.channels import KernelChannels, connect_channels
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
 
-    from conchkernel.jupyter.link import CarrierUser
+    from conchkernel.jupyter.carrier import CarrierUser
     from conchkernel.jupyter.rest import JupyterClient, KernelModel
 
 #: A kernel on a busy host may take this long to answer its first request.

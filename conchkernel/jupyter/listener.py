@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from conchkernel.interfaces import Exit, IStream
-    from conchkernel.jupyter.link import KernelStream
+    from conchkernel.jupyter.kernelstream import KernelStream
 
 #: A line of the agent's is much shorter; a longer one is none of its lines.
 _LONGEST_LINE = 4096

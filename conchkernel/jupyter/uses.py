@@ -8,8 +8,8 @@ from zope.interface import implementer
 
 from conchkernel.interfaces import IKernelLink
 from conchkernel.jupyter import openings
+from conchkernel.jupyter.kernelstream import EVERYTHING
 from conchkernel.jupyter.lastingfiles import LastingFileStore
-from conchkernel.jupyter.link import EVERYTHING
 from conchkernel.jupyter.listener import KernelListener
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         TCPAddress,
     )
     from conchkernel.jupyter.agentfiles import AgentFileStore
-    from conchkernel.jupyter.link import KernelStream, Link
+    from conchkernel.jupyter.kernelstream import KernelStream
+    from conchkernel.jupyter.link import Link
 
 
 @implementer(IKernelLink)
