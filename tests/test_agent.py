@@ -21,7 +21,6 @@ from conchkernel.errors import StreamRefused
 from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
 from conchkernel.jupyter import injection, link
 from conchkernel.loopback import LoopbackBackend
-from conchkernel.remote import agent as module
 
 from .collector import PATIENCE_SECONDS, Collector
 from .peers import received
@@ -115,26 +114,6 @@ def test_the_socket_is_private(backend):
     path = Path(backend._path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-
-
-def test_a_directory_of_somebody_elses_is_refused(tmp_path):
-    """A planted link, or a file, is not taken for ours."""
-    (tmp_path / "target").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    (tmp_path / "file").touch()
-    for name in ("link", "file"):
-        with pytest.raises(OSError, match="not a directory"):
-            module.private_directory(str(tmp_path / name))
-
-
-def test_a_dead_socket_is_replaced_and_a_live_one_is_not(tmp_path):
-    """What a killed agent left behind does not stand in the way of the next."""
-    path = str(tmp_path / "d" / "s")
-    module.listen(path).close()
-    listener = module.listen(path)
-    with pytest.raises(OSError, match="in use"):
-        module.listen(path)
-    listener.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -45,6 +45,7 @@ _AGENT_MODULES = (
     ("conchkernel.remote.zmtp", "conchkernel.remote", "zmtp.py"),
     ("conchkernel.remote.carriers", "conchkernel.remote", "carriers.py"),
     ("conchkernel.remote.stdinport", "conchkernel.remote", "stdinport.py"),
+    ("conchkernel.remote.home", "conchkernel.remote", "home.py"),
     ("conchkernel.remote.agent", "conchkernel.remote", "agent.py"),
 )
 

@@ -13,15 +13,15 @@ import os
 import selectors
 import signal
 import socket
-import stat
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from conchkernel import frames, wire, wirestream
-from conchkernel.remote import listening, pump, stdinport
+from conchkernel.remote import home, listening, pump, stdinport
 from conchkernel.remote.carriers import Carrier, RelayCarrier, same_account
 from conchkernel.remote.door import Door
 from conchkernel.remote.files import FileService
@@ -401,43 +401,6 @@ class Session:
         self._farewell = True
 
 
-def private_directory(path: str) -> None:
-    """Make ``path`` a directory of this account that nobody else can enter.
-
-    :raises OSError: if something that is not ours is in its place.
-    """
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        found = os.lstat(path)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise OSError(f"{path} is not a directory of this account") from None
-        os.chmod(path, 0o700)
-
-
-def listen(path: str) -> socket.socket:
-    """A listening socket at ``path``, mode 0600, in place of a dead one.
-
-    :raises OSError: if a live agent listens there, or it cannot be made.
-    """
-    private_directory(os.path.dirname(path))
-    listener = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)
-    try:
-        try:
-            listener.bind(path)
-        except OSError:
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(path) == 0:
-                    raise
-            os.unlink(path)
-            listener.bind(path)
-    finally:
-        os.umask(mask)
-    listener.listen(16)
-    return listener
-
-
 def detach() -> bool:
     """Leave the kernel's process tree: fork, new session, fork again.
 
@@ -460,7 +423,7 @@ def main(given: dict[str, Any]) -> None:
     """Start as told by the relay: listen, detach, serve, clean up."""
     path = given["path"]
     try:
-        listener = listen(path)
+        listener = home.listen(path)
     except OSError as error:
         sys.stderr.write(str(error))
         sys.exit(1)
@@ -468,11 +431,9 @@ def main(given: dict[str, Any]) -> None:
         # The socket lives on in the child. Nothing of the parent's clean-up may touch it.
         os._exit(0)
     agent = Agent(listener, given.pop("secret"), given["options"])
+    # On a thread: a full directory of temporary files takes its time.
+    threading.Thread(target=home.sweep, args=(path,), daemon=True).start()
     try:
         agent.run()
     finally:
-        for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
-            try:
-                remove(what)
-            except OSError:
-                pass
+        home.leave(path)
