@@ -165,6 +165,16 @@ def test_nothingIsTakenThatTheConnectionDoesNotTake(rig: Rig) -> None:
     assert sum(channel.adjusts) == LOCAL_WINDOW_BYTES // 2
 
 
+def test_noTunnelOfManyGetsStuck(rig: Rig) -> None:
+    """A client may always go on when half of what it was let send has been taken."""
+    for _ in range(MAX_CHANNELS):
+        channel, stream = rig.open()
+        window = channel.remoteWindow
+        rig.client.write(channel, b"x" * window)
+        stream.take(window // 2)
+        assert channel.remoteWindow > 0
+
+
 def test_manyTunnelsHoldLess(rig: Rig) -> None:
     """What waits for peers, or a client, that do not read has a bound that is not their number."""
     for _ in range(MAX_CHANNELS):

@@ -46,7 +46,8 @@ LOCAL_WINDOW_BYTES = 2 * 1024 * 1024
 #: The largest DATA packet we take and, if the client takes it too, send. OpenSSH, PuTTY, asyncssh
 #: and paramiko all use 32 KiB; every implementation must take packets of 35000 (RFC 4253, 6.1).
 MAX_DATA_BYTES = 32 * 1024
-#: The window is given back in steps of this size, as OpenSSH does (channels.c, three packets).
+#: The window is given back in steps of this size, or of half the window where that is less, as
+#: OpenSSH does (channels.c, three packets).
 ADJUST_STEP_BYTES = 3 * MAX_DATA_BYTES
 #: Granted and not yet handed to the transport, at most: the bound of a channel's queue.
 CREDIT_CAP_BYTES = 2560 * 1024
@@ -135,6 +136,7 @@ class GatewayChannel(SSHChannel):
         self._earlyEOF = False
         self._finishInput: Callable[[], None] | None = None
         self._consumedBytes = 0
+        self._adjustStep = min(ADJUST_STEP_BYTES, self.localWindowSize >> 1)
         # Chunks are (extended type, bytes), what follows data is (-message number, payload).
         self._queue: deque[tuple[int, Data]] = deque()
         self._offset = 0
@@ -204,7 +206,7 @@ class GatewayChannel(SSHChannel):
     def consumed(self, count: int) -> None:
         """``count`` more bytes of input were really taken, and the client may send as many."""
         self._consumedBytes += count
-        if self._consumedBytes >= ADJUST_STEP_BYTES and not self.localClosed:
+        if self._consumedBytes >= self._adjustStep and not self.localClosed:
             count, self._consumedBytes = self._consumedBytes, 0
             self.conn.adjustWindow(self, count)
 

@@ -157,7 +157,10 @@ def test_through_the_host_to_another(gateway: GatewayHost, sshd: Host, tmp_path:
 
 @pytest.mark.parametrize("way", ["-L", "-R"])
 def test_many_at_once(host: Host, serving: Serving, way: str) -> None:
-    """Five hundred connections by one client, all open together, each with its own bytes."""
+    """Five hundred connections by one client, all open together, each with its own bytes.
+
+    They are more than the window of a channel beside so many, which has to be given back.
+    """
     port = free_port()
     everybody = asyncio.Event()
     count = 0
@@ -171,7 +174,7 @@ def test_many_at_once(host: Host, serving: Serving, way: str) -> None:
         if count == 500:
             everybody.set()
         await everybody.wait()
-        data = b"%d" % number * 2000
+        data = b"%04d" % number * 25_000
         writer.write(data)
         writer.write_eof()
         came = await reader.read(-1)
