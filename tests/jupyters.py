@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -175,16 +175,19 @@ def python_of(stack: str) -> Path:
 # --- servers -----------------------------------------------------------------------------------
 
 
-def start_jupyter(stack: str, *, base_url: str = "/", token: str | None = None) -> RunningJupyter:
+def start_jupyter(
+    stack: str, *, base_url: str = "/", token: str | None = None, options: Sequence[str] = ()
+) -> RunningJupyter:
     """Start a server and wait until it answers.
 
     :param base_url: below which it is, with slashes around.
     :param token: a random one if not given.
+    :param options: more of its command line.
     """
     python = python_of(stack)
     for attempt in range(3):
         try:
-            return _start(stack, python, base_url, token or secrets.token_hex(16))
+            return _start(stack, python, base_url, token or secrets.token_hex(16), options)
         except _PortTaken:
             if attempt == 2:
                 raise
@@ -195,7 +198,9 @@ class _PortTaken(Exception):
     """Somebody was quicker."""
 
 
-def _start(stack: str, python: Path, base_url: str, token: str) -> RunningJupyter:
+def _start(
+    stack: str, python: Path, base_url: str, token: str, options: Sequence[str]
+) -> RunningJupyter:
     home = Path(tempfile.mkdtemp(prefix="conchkernel-jupyter-"))
     root = home / "root"
     root.mkdir()
@@ -214,6 +219,7 @@ def _start(stack: str, python: Path, base_url: str, token: str) -> RunningJupyte
         command += ["--ServerApp.open_browser=False", "--allow-root"]
         # Else it answers only to requests for the names of this machine.
         command += ["--ServerApp.allow_remote_access=True"]
+    command += options
     environment = environment_in(home, python)
     environment |= {"JUPYTER_TOKEN": token, "KG_AUTH_TOKEN": token, MARK: mark}
 

@@ -607,6 +607,34 @@ async def test_directories(server: RunningJupyter) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_directories_where_nothing_is_hidden() -> None:
+    """Jupyter's directory for checkpoints, which it makes beside what it removes, is in nobody's
+    way; one in which something is, is something."""
+    server = start_jupyter("current", options=["--ContentsManager.allow_hidden=True"])
+    try:
+        async with opened(server) as store:
+            await store.makeDirectory(b"/d", NONE)
+            await put(store, b"/d/file", b"data")
+            await store.remove(b"/d/file")
+            kept = server.root_dir / "d" / ".ipynb_checkpoints"
+            assert kept.is_dir()
+            (kept / "note-checkpoint.ipynb").write_bytes(b"{}")
+            assert await problem(store.removeDirectory(b"/d")) is FileProblem.NOT_EMPTY
+            await store.makeDirectory(b"/e", NONE)
+            over = store.rename(b"/e", b"/d", overwrite=True)
+            assert await problem(over) is FileProblem.NOT_EMPTY
+            # Which makes another one within.
+            await store.remove(b"/d/.ipynb_checkpoints/note-checkpoint.ipynb")
+            await store.rename(b"/e", b"/d", overwrite=True)
+            await put(store, b"/d/file", b"data")
+            await store.remove(b"/d/file")
+            await store.removeDirectory(b"/d")
+            assert not (server.root_dir / "d").exists()
+    finally:
+        server.stop()
+
+
+@pytest_twisted.ensureDeferred
 async def test_unsupported(current: RunningJupyter) -> None:
     """What Jupyter cannot do fails with a sentence; what is so already may be set again."""
     file = current.root_dir / "file"

@@ -1,8 +1,9 @@
 """Files of a Jupyter server without a kernel: its Contents API and ``/files``.
 
 ``/`` is the server's root directory. The API knows neither permissions nor links nor times to be
-set, hides what begins with a dot if it is not told otherwise, and appends but does not write into
-a file; what it cannot do is UNSUPPORTED, with a sentence. Where its answer differs from POSIX:
+set, hides what begins with a dot if it is not told otherwise, lists no ``*~``, ``*.pyc`` nor
+``__pycache__``, and appends but does not write into a file; what it cannot do is UNSUPPORTED, with
+a sentence. Where its answer differs from POSIX:
 
 - a removed file goes where the server puts it, by default into the trash of its account;
 - a directory in which there is only what the server hides counts as empty;
@@ -50,6 +51,8 @@ MAX_PATH_BYTES = 4096
 MAX_KNOWN = 4096
 #: Small files that a listing looks at, to see which are links.
 MAX_LOOKED_AT = 256
+#: Where Jupyter keeps checkpoints.
+_CHECKPOINTS = ".ipynb_checkpoints"
 #: Entries handed out at once.
 _BATCH = 128
 #: Of what is written and waits, some chunks: the server takes 100 MB/s at best, and what is beyond
@@ -339,9 +342,17 @@ class ContentsFileStore:
         if path == b"/":
             raise FileStoreError(FileProblem.PERMISSION, "this is the root of the server's files")
         # The API deletes a directory with all that is in it.
-        if await self._children(path):
+        if await self._holds_something(path):
             raise FileStoreError(FileProblem.NOT_EMPTY)
         await self.contents.delete(path)
+
+    async def _holds_something(self, path: bytes) -> bool:
+        """Whether anything is in a directory but what Jupyter makes beside what is removed or
+        renamed: an empty directory for checkpoints, which a server that hides nothing shows."""
+        names = [child.name for child in await self._children(path)]
+        if names == [_CHECKPOINTS]:
+            return await self._holds_something(path + b"/" + _CHECKPOINTS.encode("ascii"))
+        return bool(names)
 
     def rename(self, old: bytes, new: bytes, *, overwrite: bool) -> Deferred[None]:
         """See :meth:`IFileStore.rename`.
@@ -377,7 +388,7 @@ class ContentsFileStore:
             raise FileStoreError(FileProblem.IS_DIRECTORY)
         if source.directory and not target.directory:
             raise FileStoreError(FileProblem.NOT_DIRECTORY)
-        if target.directory and await self._children(new):
+        if target.directory and await self._holds_something(new):
             raise FileStoreError(FileProblem.NOT_EMPTY)
         suffix = f".{secrets.token_hex(4)}.replaced".encode("ascii")
         directory, _, name = new.rpartition(b"/")
