@@ -914,6 +914,7 @@ class Whimsical(Resource):
         self.lose: list[str] = []
         """For each of the next PUTs: ``before`` or ``after`` it is done, or neither."""
         self.silent = False
+        self.unreadable: set[str] = set()
 
     def render(self, request: Request) -> bytes | int:
         """One request."""
@@ -923,6 +924,9 @@ class Whimsical(Resource):
             return NOT_DONE_YET
         if path.startswith("/files/"):
             data = self.files.get(path.removeprefix("/files/"))
+            if path.removeprefix("/files/") in self.unreadable:
+                request.setResponseCode(500)
+                return b"<html>"
             if data is None:
                 request.setResponseCode(404)
                 return b"<html>"
@@ -1064,3 +1068,16 @@ async def test_givenUp() -> None:
         for one in blocked:
             assert await problem(one) is FileProblem.FAILURE
         assert store.budget.used == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_unreadable() -> None:
+    """A file that Jupyter's account may not read is there, and fails when it is read."""
+    async with whimsical() as (server, store):
+        server.files["file"] = b"secret"
+        server.unreadable.add("file")
+        assert (await store.stat(b"/file")).size == 6
+        file = await store.open(b"/file", READ, NONE)
+        reading = file.read(0, 6)
+        assert isinstance(reading, Deferred)
+        assert await problem(reading) is FileProblem.FAILURE

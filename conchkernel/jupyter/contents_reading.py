@@ -280,8 +280,14 @@ def _told(failure: Failure) -> Failure:
 
 #: The longest a symbolic link can be, whose size the API tells instead of its file's.
 _LINK_BYTES = 4096
-#: A link that leads out of the root shows itself, but opens for nobody.
-_UNTOLD = (FileProblem.UNSUPPORTED, FileProblem.PERMISSION, FileProblem.NOT_FOUND)
+#: What is there but opens for nobody: a link that leads out of the root, and a file that Jupyter's
+#: account may not read, of which servers say only that something went wrong.
+_UNTOLD = (
+    FileProblem.UNSUPPORTED,
+    FileProblem.PERMISSION,
+    FileProblem.NOT_FOUND,
+    FileProblem.FAILURE,
+)
 
 
 def may_be_link(seen: Model) -> bool:
