@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from twisted.cred.checkers import (
     AllowAnonymousAccess,
-    FilePasswordDB,
     InMemoryUsernamePasswordDatabaseDontUse,
 )
 from twisted.cred.credentials import IAnonymous, ISSHPrivateKey, IUsernamePassword
@@ -182,6 +181,12 @@ class Options(usage.Options, AuthOptionMixin):
         """Who gets in, by a checker of Twisted's or another package's instead of the default
         keys and token; may be given more than once. See --help-auth.
         """
+        kind, _, argument = description.partition(":")
+        if kind == "file" and argument.strip() and not os.path.isfile(argument):
+            raise usage.UsageError(f"--auth: there is no file {argument}")  # Twisted warns only
+        if kind in ("anonymous", "unix") and argument:
+            # Twisted's factories pass over it, and it might have been meant to keep others out.
+            raise usage.UsageError(f"--auth: {kind} takes no argument")
         super().opt_auth(description)
         checker = self["credCheckers"][-1]
         if isinstance(checker, AllowAnonymousAccess):
@@ -189,8 +194,8 @@ class Options(usage.Options, AuthOptionMixin):
         elif isinstance(checker, InMemoryUsernamePasswordDatabaseDontUse):
             # strcred's factory fills it with str, and its own lookup wants bytes.
             checker.users = {_asBytes(name): _asBytes(word) for name, word in checker.users.items()}
-        elif isinstance(checker, FilePasswordDB) and not os.path.isfile(checker.filename):
-            raise usage.UsageError(f"--auth: there is no file {checker.filename}")
+            if not checker.users:
+                raise usage.UsageError("--auth: memory needs users, as memory:NAME:PASSWORD")
 
     def parseArgs(self, *arguments: str) -> None:
         """There are none; what is there is not repeated, for it may be a URL with its token."""

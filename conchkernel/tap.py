@@ -7,6 +7,7 @@ does that for the runners, and ``docs/embedding.md`` joins the parts without any
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,11 @@ def _endpoint(reactor: Any, description: str) -> Any:
     try:
         return serverFromString(reactor, description)
     except Exception as error:  # each kind of endpoint has its own way to complain
-        raise ConfigurationError(f"--listen {description}: {error}") from error
+        # A TypeError is about the arguments of Twisted's own function, whose name tells nothing.
+        reason = re.sub(r"^\w+\(\) ", "", str(error))
+        raise ConfigurationError(
+            f"--listen {description}: {reason}; one looks like tcp:2222:interface=127.0.0.1"
+        ) from error
 
 
 def _hasOneKernel(options: Options) -> bool:

@@ -227,11 +227,16 @@ def test_whatTheFactoryIsNotTold(
         (["--jupyter-url", URL, "--jupyter-ca", "/nonexistent"], "no file /nonexistent"),
         (["--jupyter-url", URL, "--auth", "nonsense"], "Auth plugin not recognized"),
         (["--jupyter-url", URL, "--auth", "file:/nonexistent"], "no file /nonexistent"),
+        (["--jupyter-url", URL, "--auth", "memory"], "memory needs users"),
+        (["--jupyter-url", URL, "--auth", "anonymous:ann"], "anonymous takes no argument"),
+        (["--jupyter-url", URL, "--auth", "unix:ann"], "unix takes no argument"),
         (["--jupyter-url", URL, "--unknown"], "--unknown"),
         ([URL], "--jupyter-url"),
     ],
 )
-def test_wrongValuesAreRefused(arguments: list[str], complaint: str) -> None:
+def test_wrongValuesAreRefused(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
     """Each in one line that names it and never the token."""
     with pytest.raises(UsageError) as caught:
         parse(*arguments)
@@ -239,6 +244,7 @@ def test_wrongValuesAreRefused(arguments: list[str], complaint: str) -> None:
     assert complaint in line
     assert "\n" not in line
     assert "sesame" not in line
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
