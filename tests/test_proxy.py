@@ -8,6 +8,7 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import LogEvent, globalLogPublisher
 
 from conchkernel.errors import ConfigurationError, JupyterUnreachable
 from conchkernel.jupyter.proxy import Proxy, RoadAgent, TrustPolicy, make_agent, proxy_for
@@ -201,6 +202,20 @@ async def test_certificates(currentJupyter: RunningJupyter, tmp_path: Path) -> N
             await client(f"https://127.0.0.1:{left}", currentJupyter, trusting).version()
         await trusting.close()
         await plain.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_requestsAreNotLogged(currentJupyter: RunningJupyter) -> None:
+    """A keep-alive is no news, and a connection for it none either."""
+    events: list[LogEvent] = []
+    globalLogPublisher.addObserver(events.append)
+    try:
+        agent = make_agent(reactor)
+        await client(currentJupyter.url.rstrip("/"), currentJupyter, agent).version()
+        await agent.close()
+    finally:
+        globalLogPublisher.removeObserver(events.append)
+    assert [e for e in events if e["log_namespace"].startswith("twisted.web.client")] == []
 
 
 class Plain(Protocol):

@@ -21,7 +21,7 @@ from twisted.internet import ssl
 from twisted.internet._sslverify import IOpenSSLTrustRoot
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
-from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.interfaces import IProtocolFactory, IStreamClientEndpoint
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web.client import Agent, HTTPConnectionPool
@@ -342,6 +342,20 @@ def endpoint_for(
     return endpoint
 
 
+@implementer(IStreamClientEndpoint)
+class _QuietEndpoint:
+    """Connects without a line in the log for every connection's beginning and end."""
+
+    def __init__(self, endpoint: IStreamClientEndpoint) -> None:
+        self._endpoint = endpoint
+
+    def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
+        """See :meth:`IStreamClientEndpoint.connect`."""
+        protocolFactory.noisy = False  # type: ignore[attr-defined]
+        connecting: Deferred[IProtocol] = self._endpoint.connect(protocolFactory)
+        return connecting
+
+
 @implementer(IAgent, IAgentEndpointFactory)
 class RoadAgent:
     """An HTTP client's agent over the roads of this module, with kept connections.
@@ -369,7 +383,7 @@ class RoadAgent:
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
         """See :meth:`twisted.web.iweb.IAgentEndpointFactory.endpointForURI`."""
-        return self.endpoint(uri.toBytes().decode("ascii"))
+        return _QuietEndpoint(self.endpoint(uri.toBytes().decode("ascii")))
 
     def request(
         self,
