@@ -330,7 +330,7 @@ class LocalLink:
         self.stirred = 0
         self._reactor = reactor
         self._host = _Host(reactor, options)
-        self._defaults = {"shell": shell} if shell else {}
+        self._defaults = {"shell": os.fsencode(shell).decode("latin-1")} if shell else {}
         self._services: dict[int, Any] = {}
         self._numbers = itertools.count(1)
         self._stopped = False

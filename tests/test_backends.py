@@ -10,11 +10,28 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.logger import globalLogPublisher
 
-from conchkernel.errors import ConfigurationError, KernelRefused, KernelUnsupported, LinkLost
+from conchkernel.errors import (
+    ConfigurationError,
+    KernelRefused,
+    KernelUnsupported,
+    LinkLost,
+    StreamRefused,
+)
+from conchkernel.interfaces import ProcessRequest
 from conchkernel.jupyter import injection
 from conchkernel.jupyter.backends import JupyterBackend, identity
 from conchkernel.jupyter.proxy import make_agent
 from conchkernel.jupyter.rest import JupyterClient
+
+from .collector import Collector
+
+
+async def run(link, command):
+    """Run a command to its end, and give what came of it."""
+    collector = Collector()
+    collector.start(link, ProcessRequest(command)).writeEOF()
+    await collector.untilClosed()
+    return collector
 
 
 def test_an_identity_is_made_once_and_private(tmp_path):
@@ -47,6 +64,52 @@ async def test_an_unknown_kernel_name_is_answered_with_the_known_ones(currentJup
     # Who comes while the start is tried again and again is told why.
     with pytest.raises(LinkLost, match="no kernel named fortran"):
         await backend.connect("owner")
+    await backend.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"shell": "/no/such/shell"}, "the shell /no/such/shell is not an executable file"),
+        ({"shell": "/tmp"}, "the shell /tmp is not an executable file"),
+        ({"working_dir": "/no/such/é"}, "the directory /no/such/é cannot be entered"),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_shell_that_is_not_there_is_no_start(currentJupyter, tmp_path, options, complaint):
+    """The operator is told at once, not the first client; and the kernel goes again."""
+    backend = JupyterBackend(reactor, currentJupyter.pasted, state_dir=tmp_path, **options)
+    with pytest.raises(KernelRefused, match=complaint):
+        await backend.start()
+    # Who comes while the start is tried again and again is told the same.
+    use = await backend.connect("owner")
+    done = await run(use, b"pwd")
+    assert isinstance(done.reason, StreamRefused)
+    assert complaint in str(done.reason)
+    assert done.out == b""
+    use.release()
+    await backend.stop()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_shell_and_a_directory_that_are_there(currentJupyter, tmp_path):
+    """Whatever letters are in their names."""
+    place = tmp_path / "Küche 日本"
+    place.mkdir()
+    shell = place / "schäl"
+    shell.symlink_to("/bin/sh")
+    backend = JupyterBackend(
+        reactor,
+        currentJupyter.pasted,
+        state_dir=tmp_path,
+        shell=str(shell),
+        working_dir=str(place),
+    )
+    await backend.start()
+    use = await backend.connect("owner")
+    done = await run(use, b'pwd; echo "$SHELL"')
+    assert done.out.decode() == f"{place}\n{shell}\n"
+    use.release()
     await backend.stop()
 
 

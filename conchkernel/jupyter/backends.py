@@ -33,6 +33,7 @@ from conchkernel.jupyter.contents import ContentsFileStore
 from conchkernel.jupyter.discovery import discover
 from conchkernel.jupyter.kernel import KernelRoad
 from conchkernel.jupyter.link import Link
+from conchkernel.jupyter.proof import proveShell
 from conchkernel.jupyter.proxy import RoadAgent, make_agent
 from conchkernel.jupyter.rest import JupyterClient
 from conchkernel.jupyter.sharing import Sharing, Unshared
@@ -246,7 +247,12 @@ class JupyterBackend:
             try:
                 # A use that is over at once: a gateway that nobody needs keeps no kernel, and so
                 # no server from being culled.
-                (await self._kernel(self._prestart).connect()).release()
+                use = await self._kernel(self._prestart).connect()
+                try:
+                    if self._shell is not None or self._workingDir is not None:
+                        await proveShell(use)
+                finally:
+                    use.release()
             except KernelUnsupported as error:
                 # Files can be had all the same; whoever wants a shell is told this sentence.
                 self._log.warn("no shells: {reason}", reason=str(error))

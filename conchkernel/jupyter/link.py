@@ -69,7 +69,7 @@ class Link:
 
     :param connect: makes a carrier that leads to the agent and tells this link.
     :param secret: what the agent must be told.
-    :param defaults: added to each OPEN: ``shell`` and ``directory``, where given.
+    :param defaults: paths that are added to each OPEN: ``shell`` and ``directory``, where given.
     :param pingSeconds: how often the agent hears from us; well below its orphan timeout.
     """
 
@@ -88,7 +88,11 @@ class Link:
         self._reactor = reactor
         self._connect = connect
         self._secret = secret
-        self._defaults = {k: v for k, v in (defaults or {}).items() if v}
+        self._defaults = {
+            name: os.fsencode(path).decode("latin-1")
+            for name, path in (defaults or {}).items()
+            if path
+        }
         self._pingSeconds = pingSeconds
         self._survivalSeconds = survivalSeconds
         self._state = _State.NEW
@@ -395,7 +399,7 @@ class Link:
         """
         parameters: dict[str, Any] = {"kind": "files", "read_only": readOnly}
         if "directory" in self._defaults:
-            parameters["directory"] = os.fsencode(self._defaults["directory"]).decode("latin-1")
+            parameters["directory"] = self._defaults["directory"]
         if root is not None:
             parameters["root"] = root.decode("latin-1")
         store = AgentFileStore(self._reactor, self)

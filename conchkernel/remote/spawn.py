@@ -64,8 +64,12 @@ class Request:
             self.arguments = [base, b"-c", command.encode("latin-1")]
             if b"\0" in self.arguments[2]:
                 raise ValueError
-        wanted = parameters.get("directory") or options["directory"]
-        self.directories = [os.fsencode(wanted), environment[b"HOME"], b"/"]
+        wanted = parameters.get("directory")
+        if wanted:
+            # Somewhere else a command might do harm.
+            self.directories = [_directory(wanted)]
+        else:
+            self.directories = [os.fsencode(options["directory"]), environment[b"HOME"], b"/"]
         pty = parameters.get("pty")
         if pty is not None:
             self.term = pty["term"].encode("latin-1")
@@ -84,14 +88,25 @@ def _account() -> pwd.struct_passwd | None:
 
 def _shell(wanted: str | None, environment: dict[bytes, bytes]) -> bytes:
     if wanted:
-        shell = os.fsencode(wanted)
-        if not os.access(shell, os.X_OK):
-            raise CannotRun(f"the shell {wanted} is not an executable file on the kernel's host")
+        shell = wanted.encode("latin-1")
+        if not os.path.isfile(shell) or not os.access(shell, os.X_OK):
+            raise CannotRun(
+                f"the shell {os.fsdecode(shell)} is not an executable file on the kernel's host"
+            )
         return shell
     for shell in (environment.get(b"SHELL", b""), b"/bin/bash", b"/usr/bin/bash", b"/bin/sh"):
         if shell.startswith(b"/") and os.access(shell, os.X_OK):
             return shell
     raise CannotRun("there is no shell on the kernel's host")
+
+
+def _directory(wanted: str) -> bytes:
+    directory = wanted.encode("latin-1")
+    if not os.path.isdir(directory) or not os.access(directory, os.X_OK):
+        raise CannotRun(
+            f"the directory {os.fsdecode(directory)} cannot be entered on the kernel's host"
+        )
+    return directory
 
 
 def _put_first_on_path(
