@@ -609,7 +609,7 @@ async def test_directories(server: RunningJupyter) -> None:
 @pytest_twisted.ensureDeferred
 async def test_directories_where_nothing_is_hidden() -> None:
     """Jupyter's directory for checkpoints, which it makes beside what it removes, is in nobody's
-    way; one in which something is, is something."""
+    way and listing; one in which something is, is something."""
     server = start_jupyter("current", options=["--ContentsManager.allow_hidden=True"])
     try:
         async with opened(server) as store:
@@ -618,7 +618,9 @@ async def test_directories_where_nothing_is_hidden() -> None:
             await store.remove(b"/d/file")
             kept = server.root_dir / "d" / ".ipynb_checkpoints"
             assert kept.is_dir()
+            assert await names(store, b"/d") == {}
             (kept / "note-checkpoint.ipynb").write_bytes(b"{}")
+            assert list(await names(store, b"/d")) == [b".ipynb_checkpoints"]
             assert await problem(store.removeDirectory(b"/d")) is FileProblem.NOT_EMPTY
             await store.makeDirectory(b"/e", NONE)
             over = store.rename(b"/e", b"/d", overwrite=True)

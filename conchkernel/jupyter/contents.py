@@ -223,6 +223,20 @@ class ContentsFileStore:
         return {name: one for name, (good, one) in zip(unknown, told, strict=True) if good}
 
     async def _children(self, path: bytes) -> list[Model]:
+        """What is in a directory, but for the empty directory for checkpoints that Jupyter makes
+        beside whatever it removes or renames, and makes again when that is removed."""
+        children = await self._listed(path)
+        for child in children:
+            if child.name == _CHECKPOINTS and child.directory and len(path) < MAX_PATH_BYTES:
+                kept = path.rstrip(b"/") + b"/" + _CHECKPOINTS.encode("ascii")
+                try:
+                    empty = not await self._children(kept)
+                except FileStoreError:
+                    break  # It is there, whatever is in it.
+                return [one for one in children if one is not child] if empty else children
+        return children
+
+    async def _listed(self, path: bytes) -> list[Model]:
         try:
             return await self.contents.list(path)
         except FileStoreError as error:
@@ -342,17 +356,9 @@ class ContentsFileStore:
         if path == b"/":
             raise FileStoreError(FileProblem.PERMISSION, "this is the root of the server's files")
         # The API deletes a directory with all that is in it.
-        if await self._holds_something(path):
+        if await self._children(path):
             raise FileStoreError(FileProblem.NOT_EMPTY)
         await self.contents.delete(path)
-
-    async def _holds_something(self, path: bytes) -> bool:
-        """Whether anything is in a directory but what Jupyter makes beside what is removed or
-        renamed: an empty directory for checkpoints, which a server that hides nothing shows."""
-        names = [child.name for child in await self._children(path)]
-        if names == [_CHECKPOINTS]:
-            return await self._holds_something(path + b"/" + _CHECKPOINTS.encode("ascii"))
-        return bool(names)
 
     def rename(self, old: bytes, new: bytes, *, overwrite: bool) -> Deferred[None]:
         """See :meth:`IFileStore.rename`.
@@ -388,7 +394,7 @@ class ContentsFileStore:
             raise FileStoreError(FileProblem.IS_DIRECTORY)
         if source.directory and not target.directory:
             raise FileStoreError(FileProblem.NOT_DIRECTORY)
-        if target.directory and await self._holds_something(new):
+        if target.directory and await self._children(new):
             raise FileStoreError(FileProblem.NOT_EMPTY)
         suffix = f".{secrets.token_hex(4)}.replaced".encode("ascii")
         directory, _, name = new.rpartition(b"/")
