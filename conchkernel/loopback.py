@@ -131,6 +131,7 @@ class LoopbackBackend:
 
     :param orphanTimeout: seconds after which the agent of a dead gateway ends.
     :param compiled: whether the agent takes the compiled pump, where there is one.
+    :param prelude: Python for the agent's process to run first.
     """
 
     def __init__(
@@ -144,8 +145,10 @@ class LoopbackBackend:
         pathPrefix: str = "",
         survivalSeconds: float = 60.0,
         compiled: bool = True,
+        prelude: str = "",
     ) -> None:
         self._reactor = reactor
+        self._prelude = prelude
         self._secret = secrets.token_hex(32)
         self._options = {
             "environment": dict(os.environ if environment is None else environment),
@@ -178,12 +181,14 @@ class LoopbackBackend:
         await self.link.stop()
 
     def _spawn(self) -> None:
+        sources = injection.agent_sources()
         given = {
             "path": self._path,
             "secret": self._secret,
             "options": self._options,
             "fastpty": self._fastpty,
-            **injection.agent_sources(),
+            **sources,
+            "boot": self._prelude + sources["boot"],
         }
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _BOOT],

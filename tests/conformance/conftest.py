@@ -15,8 +15,9 @@ from conchkernel.localbackend import LocalBackend
 from conchkernel.loopback import LoopbackBackend
 
 from ..jupyters import STACKS
+from .poorhost import PRELUDE
 
-LOOPBACK = ["loopback-pure", "loopback-compiled"]
+LOOPBACK = ["loopback-pure", "loopback-compiled", "loopback-poor"]
 
 
 @pytest.fixture(params=["local", *LOOPBACK, *STACKS], scope="module")
@@ -28,7 +29,10 @@ def backend(request, tmp_path_factory):
         made = LocalBackend(reactor, environment=environment)
     elif name in LOOPBACK:
         made = LoopbackBackend(
-            reactor, environment=environment, compiled=name == "loopback-compiled"
+            reactor,
+            environment=environment,
+            compiled=name == "loopback-compiled",
+            prelude=PRELUDE if name == "loopback-poor" else "",
         )
     else:
         server = request.getfixturevalue("jupyters")[name]

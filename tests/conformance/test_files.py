@@ -41,12 +41,13 @@ from conchkernel.jupyter.backends import JupyterBackend
 from conchkernel.loopback import LoopbackBackend
 
 from ..collector import Collector
+from .poorhost import PRELUDE
 
 READ = OpenFlag.READ
 WRITE = OpenFlag.WRITE
 NEW = OpenFlag.WRITE | OpenFlag.CREATE | OpenFlag.TRUNCATE
 NOTHING = Attributes()
-ROADS = ["agent-loopback", "agent-jupyter"]
+ROADS = ["agent-loopback", "agent-poor", "agent-jupyter"]
 MIB = 1024 * 1024
 
 
@@ -119,6 +120,8 @@ def road(request, tmp_path_factory):
     """A started backend."""
     if request.param == "agent-loopback":
         made: Any = LoopbackBackend(reactor)
+    elif request.param == "agent-poor":
+        made = LoopbackBackend(reactor, prelude=PRELUDE)
     else:
         server = request.getfixturevalue("jupyters")["current"]
         made = JupyterBackend(reactor, server.pasted, state_dir=tmp_path_factory.mktemp("state"))
@@ -659,7 +662,7 @@ async def test_closing_what_was_read_is_not_waited_for_and_done(place):
 
 
 @pytest_twisted.ensureDeferred
-async def test_small_files_one_after_another(place):
+async def test_small_files_one_after_another(place, request):
     """Each is there when its CLOSE is answered, though that need not be waited for; whoever goes
     on with the handle is waited for again."""
     store = place.store
@@ -671,7 +674,9 @@ async def test_small_files_one_after_another(place):
         file = await opened(b"%d" % number)
         await file.write(0, b"content of %d" % number)
         closing = file.close()
-        assert closing.called is (number > 0)
+        # Without O_PATH a file that is closed early could not be found again.
+        early = number > 0 and "agent-poor" not in request.node.name
+        assert closing.called is early
         await closing
         assert (place.host / str(number)).read_bytes() == b"content of %d" % number
     ways = {
