@@ -56,12 +56,10 @@ class Kernel:
         self.inner.router_handover = 1  # as ipykernel has it
         self.inner.rcvtimeo = SECONDS * 1000
         inner = self.inner.bind_to_random_port("tcp://127.0.0.1")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
         self.request = {
             "pid": os.getpid(),
-            "host": "127.0.0.1",
             "port": self.port,
             "inner": inner,
             "key": self.session.key.hex(),
@@ -71,7 +69,13 @@ class Kernel:
 
     def handed(self) -> Kernel:
         """Hand the port over."""
+        self.door.give(self.listener)
         assert self.door.ask(frames.HANDOVER, self.request)
+        return self
+
+    def ended(self) -> Kernel:
+        """It keeps no socket at the port."""
+        self.listener.close()
         return self
 
     def server(self, identity: bytes = b"somebody") -> zmq.Socket:
@@ -127,11 +131,21 @@ class Relay:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(SECONDS)
         self.socket.connect(path)
+        self._given: list[socket.socket] = []
+
+    def give(self, given: socket.socket) -> None:
+        """Send a socket along with what is said next."""
+        self._given.append(given)
 
     def say(self, kind: int, request: dict) -> None:
         """Ask for something."""
         message = bytes([kind]) + json.dumps(request).encode()
-        self.socket.sendall(struct.pack(">I", len(message)) + message)
+        data = struct.pack(">I", len(message)) + message
+        given, self._given = self._given, []
+        if given:
+            socket.send_fds(self.socket, [data[:1]], [one.fileno() for one in given])
+            data = data[1:]
+        self.socket.sendall(data)
 
     def answer(self) -> bytes:
         """What is said next; nothing if the agent has hung up."""
@@ -150,7 +164,9 @@ class Relay:
 def kernel(backend) -> Iterator[Kernel]:
     """A kernel whose port the agent has."""
     with context() as made:
-        yield Kernel(backend, made).handed()
+        lent = Kernel(backend, made).handed()
+        yield lent
+        lent.ended()
 
 
 @contextmanager
@@ -413,12 +429,12 @@ def reset(one: socket.socket) -> None:
 
 
 def agent_pid(kernel: Kernel) -> int:
-    """The process that listens at the kernel's port."""
+    """The other process that has the socket at the kernel's port."""
     rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
     (inode,) = [row[9] for row in rows if row[1].endswith(f":{kernel.port:04X}") and row[3] == "0A"]
     for found in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            if os.readlink(found) == f"socket:[{inode}]":
+            if int(found.parts[2]) != os.getpid() and os.readlink(found) == f"socket:[{inode}]":
                 return int(found.parts[2])
         except OSError:
             pass  # closed, or somebody else's
@@ -433,32 +449,42 @@ def test_the_port_is_let_go_of(kernel: Kernel) -> None:
     kernel.door.socket.shutdown(socket.SHUT_WR)
     assert kernel.door.answer() == b""
     assert waiting.answer() in (b"", NO)
-    kernel.inner.bind(f"tcp://127.0.0.1:{kernel.port}")
+    kernel.ended().inner.bind(f"tcp://127.0.0.1:{kernel.port}")
     lead_through(kernel, server)
 
 
-def test_a_port_that_is_taken_is_not_handed_over(backend, kernel: Kernel) -> None:
-    """Nor one that is none, nor a kernel that signs in an unknown way."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        for change in (
-            {"port": port},
-            {"port": 99999},
-            {"port": None},
-            {"host": "no.such.host.invalid"},
-            {"key": "x"},
-            {"digest": "no-such-hash"},
-            {"inner": {}},
+def test_what_cannot_be_handed_over(backend, kernel: Kernel) -> None:
+    """No socket, or one that does not listen, or elsewhere; a kernel that signs in an unknown
+    way. Nothing of it is kept."""
+    server = kernel.server()
+    lead_through(kernel, server)
+    descriptors = f"/proc/{agent_pid(kernel)}/fd"
+    before = len(os.listdir(descriptors))
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        for given, change in (
+            ([], {}),
+            ([deaf], {"port": deaf.getsockname()[1]}),
+            ([listener], {"port": 9}),
+            ([listener], {"port": None}),
+            ([listener], {"key": "x"}),
+            ([listener], {"digest": "no-such-hash"}),
+            ([listener], {"inner": {}}),
+            ([listener, listener], {"port": 9}),
         ):
             relay = Relay(backend._path)
-            assert not relay.ask(frames.HANDOVER, {**kernel.request, "port": 0, **change})
+            for one in given:
+                relay.give(one)
+            assert not relay.ask(frames.HANDOVER, {**kernel.request, "port": port, **change})
+            relay.socket.close()
     for nonsense in ({"port": [1], "identity": "00"}, {"identity": "zz", "port": kernel.port}, {}):
         relay = Relay(backend._path)
         relay.say(frames.CLAIM, nonsense)
         assert relay.answer() in (b"", NO)
-    lead_through(kernel, kernel.server())
+        relay.socket.close()
+    lead_through(kernel, server)
+    assert len(os.listdir(descriptors)) == before
 
 
 def test_another_kernel_takes_the_place(backend, kernel: Kernel) -> None:
@@ -466,7 +492,8 @@ def test_another_kernel_takes_the_place(backend, kernel: Kernel) -> None:
     server = kernel.server()
     lead_through(kernel, server)
     with context() as made:
-        other = Kernel(backend, made)
+        other = Kernel(backend, made).ended()
+        other.listener = kernel.listener
         other.request["port"] = other.port = kernel.port
         other.handed()
         assert kernel.door.answer() == b""
@@ -484,4 +511,4 @@ def test_the_kernels_end_is_seen(backend, kernel: Kernel) -> None:
         process.kill()
         # Told when the port is free, though the relay's connection stands.
         assert waiting.answer() in (b"", NO)
-        other.inner.bind(f"tcp://127.0.0.1:{other.port}")
+        other.ended().inner.bind(f"tcp://127.0.0.1:{other.port}")

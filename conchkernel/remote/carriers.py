@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from conchkernel.remote.agent import Agent
 
 _LENGTH = struct.Struct(">I")
+_INT = struct.Struct("i")
+_ONE_SOCKET = socket.CMSG_LEN(_INT.size)
+_CLOSED_BY_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has it not
 _RECEIVE = 1024 * 1024
 #: A carrier that takes nothing holds back at most one message; the rest waits in the session.
 _SEND_BUFFER = 512 * 1024
@@ -135,7 +138,7 @@ class Carrier:
 
     def _readable(self, fd: int) -> None:
         try:
-            count = self._socket.recv_into(memoryview(self._buffer)[self._filled :])
+            count = self._receive(memoryview(self._buffer)[self._filled :])
         except BlockingIOError:
             return
         except OSError:
@@ -163,6 +166,9 @@ class Carrier:
         else:
             self.lost()
 
+    def _receive(self, view: memoryview) -> int:
+        return self._socket.recv_into(view)
+
     # --- what stands around a message --------------------------------------------------------
 
     def _head(self, size: int) -> bytes:
@@ -184,10 +190,12 @@ class RelayCarrier(Carrier):
     its port, or for a gateway's connection at that port. What it stands for ends with it.
 
     :ivar stands_for: its ``lost()`` is called when this ends.
+    :ivar given: a socket that the relay has sent along, until somebody takes it.
     """
 
     def __init__(self, agent: Agent, connection: socket.socket) -> None:
         self.stands_for: Any = None
+        self.given: socket.socket | None = None
         super().__init__(agent, connection)
 
     def answer(self, done: bool) -> None:
@@ -200,6 +208,24 @@ class RelayCarrier(Carrier):
         if stands_for is not None:
             stands_for.lost()
         super().lost()
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        super().close()
+        if self.given is not None:
+            self.given.close()
+            self.given = None
+
+    def _receive(self, view: memoryview) -> int:
+        if self.session is not None or self.given is not None:
+            return super()._receive(view)  # and the system closes what else is sent along
+        count, ancillary, _, _ = self._socket.recvmsg_into([view], _ONE_SOCKET, _CLOSED_BY_EXEC)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) == _INT.size:
+                (descriptor,) = _INT.unpack(data)
+                os.set_inheritable(descriptor, False)
+                self.given = socket.socket(fileno=descriptor)
+        return count
 
     def _message(self, message: memoryview) -> None:
         asks = message[0] in (frames.HANDOVER, frames.CLAIM)

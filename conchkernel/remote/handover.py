@@ -2,15 +2,19 @@
 
 ipykernel gets another socket for the channel, at another port of the same host, and the agent leads
 everybody's connection through to that, so that ``input()`` works as ever. When the agent is gone,
-it gets one at the old port again. Whoever was connected connects again by itself, as ZeroMQ does; a
-socket that only left its port (``unbind``) would keep its connections open, and deaf. Meanwhile a
-question waits for whoever is to answer it, and so does an answer.
+it gets one at the old port again. Nobody ever stops listening there: it is one listening socket of
+the system's that libzmq, the agent and libzmq again accept from, so that nobody else can get the
+port, and a child that a cell has forked, which has it too, is in nobody's way. Whoever was
+connected connects again by itself, as ZeroMQ does; a socket that only left its port (``unbind``)
+would keep its connections open, and deaf. Meanwhile a question waits for whoever is to answer it,
+and so does an answer.
 
 Standard library only, any Python from 3.8; runs in the kernel, beside the relay.
 """
 
 from __future__ import annotations
 
+import array
 import importlib
 import json
 import os
@@ -28,7 +32,7 @@ _CLAIM_SECONDS = 1.0
 _AGAIN_SECONDS = 1.0
 #: How long a question waits for the connection of who is to answer it.
 _ASK_SECONDS = 2.0
-_TRIES, _TRY_SECONDS = 100, 0.01
+_TRY_SECONDS = 0.01
 _LENGTH = struct.Struct(">I")
 
 
@@ -49,6 +53,8 @@ class Handover:
         self._outer = ""
         #: Where the channel is instead; 0 while it is where it belongs.
         self._inner = 0
+        #: The system's socket at ``_outer``, while the channel is elsewhere.
+        self._listener: socket.socket | None = None
         #: To the agent; it listens for as long as this stands.
         self._door: socket.socket | None = None
         self._left = threading.Event()
@@ -79,17 +85,16 @@ class Handover:
             return False
         moved = threading.Event()
         self._main.add_callback(self._move, moved)
-        if moved.wait(_MAIN_SECONDS) and self._inner:
-            host, port = _port(self._outer)
+        listener = self._listener if moved.wait(_MAIN_SECONDS) else None
+        if listener is not None:
             request = {
                 "pid": os.getpid(),
-                "host": host,
-                "port": port,
+                "port": _port(self._outer)[1],
                 "inner": self._inner,
                 "key": self._kernel.session.key.hex(),
                 "digest": self._kernel.session.signature_scheme.partition("-")[2],
             }
-            if _take_over(door, request):
+            if _ask(door, HANDOVER, request, _MAIN_SECONDS, listener):
                 door.settimeout(None)
                 self._left.clear()
                 self._door = door
@@ -115,7 +120,7 @@ class Handover:
 
     def _come_back(self) -> None:
         while not self._restore():
-            time.sleep(_AGAIN_SECONDS)  # somebody has the port still, or was quick to take it
+            time.sleep(_AGAIN_SECONDS)  # there is no descriptor to be had
 
     def leave(self) -> bool:
         """Ask the agent for the port, if it has it; on any thread. It comes back by itself."""
@@ -133,27 +138,38 @@ class Handover:
         socket of the moment every 10 ms.
         """
         with self._moving:
-            if self._inner and self._door is None:
+            listener = self._listener
+            if listener is not None and self._door is None:
                 try:
                     # The former one closes with its last user.
-                    self._replace(self._outer)
-                except self._zmq.ZMQError:
+                    self._replace(self._outer, listener)
+                except (self._zmq.ZMQError, OSError):
                     self._kernel.log.debug("conchkernel: the stdin channel", exc_info=True)
                     return False
-                self._inner = 0
+                self._inner, self._listener = 0, None
+                listener.close()
         return True
 
-    def _replace(self, endpoint: str) -> str:
-        """Give the kernel another socket, bound to ``endpoint``; gives what that has become."""
+    def _replace(self, endpoint: str, listener: socket.socket | None = None) -> str:
+        """Give the kernel another socket, bound to ``endpoint``; gives what that has become.
+
+        :param listener: what listens there already.
+        """
         former = self._kernel.stdin_socket
         fresh = self._socket(former.context, self._zmq.ROUTER)
+        copy = -1
         try:
             fresh.linger = self._linger
             fresh.setsockopt(self._zmq.ROUTER_HANDOVER, 1)  # as ipykernel has it
             fresh.setsockopt(self._zmq.ROUTER_MANDATORY, 1)
+            if listener is not None:
+                copy = os.dup(listener.fileno())
+                fresh.setsockopt(self._zmq.USE_FD, copy)  # which closes it with the socket
             fresh.bind(endpoint)
         except BaseException:
             fresh.close(0)
+            if copy >= 0:
+                os.close(copy)
             raise
         owners: list[Any] = [self._kernel, getattr(self._kernel, "parent", None)]
         for owner in owners:
@@ -176,9 +192,13 @@ class Handover:
                     and channel.getsockopt(self._zmq.MECHANISM) == self._zmq.NULL
                 ):
                     self._linger = channel.linger
+                    listener, connections = _sockets_at(*_port(endpoint))
                     inner = self._replace("tcp://127.0.0.1:*")
                     self._outer, self._inner = endpoint, _port(inner)[1]
+                    self._listener = listener
                     channel.close()
+                    for connection in connections:
+                        _part(connection)
         except Exception:
             self._kernel.log.debug("conchkernel: the stdin channel stays", exc_info=True)
         moved.set()
@@ -230,34 +250,86 @@ def _port(endpoint: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _take_over(door: socket.socket, request: dict[str, Any]) -> bool:
-    """Whether the agent listens at the port now.
+def _sockets_at(host: str, port: int) -> tuple[socket.socket, list[socket.socket]]:
+    """The system's sockets of this process with this address: that which listens, and those that
+    were accepted from it. libzmq does not give them.
 
-    It may be taken for a moment: libzmq closes its listening socket on a thread of its own, and
-    does not say when.
+    :raises OSError: if none listens.
     """
-    for _ in range(_TRIES):
-        done = _ask(door, HANDOVER, request, _MAIN_SECONDS)
-        if done is not False:
-            return bool(done)
-        time.sleep(_TRY_SECONDS)
-    return False
+    listener = None
+    connections = []
+    for name in os.listdir("/dev/fd"):
+        try:
+            copy = os.dup(int(name))
+        except OSError:
+            continue  # closed meanwhile
+        try:
+            one = socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)
+            continue
+        address: Any = ()
+        try:
+            if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+                address = one.getsockname()
+        except OSError:
+            pass
+        if address[1:2] != (port,):
+            one.close()
+        elif one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if address[0] == host and listener is None:
+                listener = one
+            else:
+                one.close()
+        elif host in (address[0], "0.0.0.0", "::"):
+            connections.append(one)
+        else:
+            one.close()
+    if listener is None:
+        for one in connections:
+            one.close()
+        raise OSError("nothing listens at the channel's port")
+    # libzmq and the agent may be told of the same connection; who comes second must not wait.
+    listener.setblocking(False)
+    return listener, connections
+
+
+def _part(connection: socket.socket) -> None:
+    """End a connection though a child that was forked may have it too."""
+    try:
+        connection.shutdown(socket.SHUT_WR)  # what was said last still arrives
+    except OSError:
+        pass  # it has ended
+    connection.close()
 
 
 def _ask(
-    connection: socket.socket, kind: int, request: dict[str, Any], seconds: float
-) -> bool | None:
-    """Whether the agent has done what is asked; ``None`` if it does not say."""
+    connection: socket.socket,
+    kind: int,
+    request: dict[str, Any],
+    seconds: float,
+    given: socket.socket | None = None,
+) -> bool:
+    """Whether the agent has done what is asked.
+
+    :param given: what it gets a copy of.
+    """
     message = bytes([kind]) + json.dumps(request).encode()
     answer = b""
     try:
         connection.settimeout(seconds)
-        connection.sendall(_LENGTH.pack(len(message)) + message)
+        parts = _LENGTH.pack(len(message)) + message
+        if given is not None:
+            rights = array.array("i", [given.fileno()])
+            # The first byte brings it.
+            connection.sendmsg([parts[:1]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            parts = parts[1:]
+        connection.sendall(parts)
         while len(answer) < 6:
             data = connection.recv(6 - len(answer))
             if not data:
-                return None
+                return False
             answer += data
     except OSError:
-        return None
+        return False
     return answer[4] == TAKEN and answer[5] == 1

@@ -31,10 +31,13 @@ def hand_over(agent: Agent, carrier: RelayCarrier, request: dict[str, Any]) -> N
     if former is not None:
         former.lost()  # one port is one kernel's: this is another that began in its place
     try:
-        carrier.stands_for = StdinPort(agent, carrier, request)
+        if carrier.given is None:
+            raise ValueError("no socket")
+        carrier.stands_for = StdinPort(agent, carrier, carrier.given, request)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         carrier.answer(False)
     else:
+        carrier.given = None
         carrier.answer(True)
 
 
@@ -52,13 +55,15 @@ class StdinPort:
     """Listens while the kernel that handed it over is there.
 
     :param door: the relay's connection, hung up when the port has been left.
-    :param handed: ``pid`` of the kernel, ``host`` and ``port`` of the channel, ``inner`` (the port
-        on 127.0.0.1 where its socket is now), ``key`` (hex) and ``digest`` of its session.
-    :raises OSError: if it cannot listen there.
-    :raises ValueError: if it cannot sign as the kernel does.
+    :param listener: what listens at the port; the kernel keeps it too, and accepts nobody.
+    :param handed: ``pid`` of the kernel, ``port`` of the channel, ``inner`` (the port on 127.0.0.1
+        where its socket is now), ``key`` (hex) and ``digest`` of its session.
+    :raises ValueError: if it does not listen there, or cannot sign as the kernel does.
     """
 
-    def __init__(self, agent: Agent, door: RelayCarrier, handed: dict[str, Any]) -> None:
+    def __init__(
+        self, agent: Agent, door: RelayCarrier, listener: socket.socket, handed: dict[str, Any]
+    ) -> None:
         self._agent = agent
         self._door = door
         self._inner = ("127.0.0.1", int(handed["inner"]))
@@ -66,17 +71,11 @@ class StdinPort:
         #: The longest silent first.
         self._peers: dict[_Peer, None] = {}
         self._claims: dict[bytes, RelayCarrier] = {}
-        host = str(handed["host"])
         self._number = int(handed["port"])
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, self._number))
-            listener.listen(64)
-            listener.setblocking(False)
-        except BaseException:
-            listener.close()
-            raise
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if not listens or listener.getsockname()[1] != self._number:
+            raise ValueError("it listens elsewhere")
+        listener.setblocking(False)
         self._listener = listener
         agent.watch_read(listener.fileno(), self._accept)
         # The next kernel gets the same port: this must be let go of as soon as the process ends,

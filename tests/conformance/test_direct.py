@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from contextlib import asynccontextmanager
+import socket
+import threading
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest_twisted
@@ -151,6 +153,80 @@ async def test_an_answer_outlives_the_agent(gateway):
         other.answer(asked.pop())
         await answered
         await until(lambda: carrier(gateway) not in (None, former))
+
+
+FORK = """
+import os, signal
+child = os.fork()
+if not child:
+    signal.pause()
+    os._exit(0)
+"""
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_child_of_a_cell_is_in_nobodys_way(gateway):
+    """It has a copy of every socket that the kernel had when it was forked."""
+    collector = await shell(gateway)
+    async with notebook(gateway) as early:
+        former = carrier(gateway)
+        port = int(await early.evaluate(PORT))
+        pid = await agent_pid(collector)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: ended(pid))
+        await until(lambda: connections(port))  # of the server, with the kernel itself
+        child = int(await early.evaluate("child", FORK))
+        try:
+            await until(lambda: carrier(gateway) not in (None, former))
+            assert direct(gateway)
+            await early.asks()
+            async with notebook(gateway) as late:
+                await late.asks()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+@contextmanager
+def thief(port):
+    """Somebody who wants the port, and tries all the time."""
+    over = threading.Event()
+    had = []
+
+    def steal():
+        while not over.is_set():
+            with socket.socket() as other:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    other.bind(("127.0.0.1", port))
+                    other.listen()
+                    had.append(port)
+                    over.wait()
+                except OSError:
+                    pass
+
+    thread = threading.Thread(target=steal)
+    thread.start()
+    try:
+        yield had
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest_twisted.ensureDeferred
+async def test_nobody_else_gets_the_port(gateway):
+    """Neither when the kernel has it back nor when it is lent again."""
+    async with notebook(gateway) as early:
+        port = int(await early.evaluate(PORT))
+        with thief(port) as stolen:
+            for _ in range(3):
+                collector = await shell(gateway)
+                former = carrier(gateway)
+                os.kill(await agent_pid(collector), signal.SIGKILL)
+                await until(lambda former=former: carrier(gateway) not in (None, former))
+                await early.asks()
+                assert direct(gateway)
+        assert not stolen
 
 
 async def at_home(other):
