@@ -217,7 +217,7 @@ class Handover:
 
 
 def _patient(zmq: Any, kernel: Any) -> Any:
-    """A class of sockets for the channel, which lose no question.
+    """A class of sockets for the channel, which lose no question and are told answers alone.
 
     A ROUTER drops what it has no connection for; but to ask first and to be connected then is
     usual: a cell runs as soon as the shell channel is there, and when the channel has just moved,
@@ -239,10 +239,27 @@ def _patient(zmq: Any, kernel: Any) -> Any:
                     return None  # as a ROUTER does
                 time.sleep(_TRY_SECONDS)
 
+        def recv_multipart(self, *args: Any, **kwargs: Any) -> Any:
+            # A gateway's last messages to an agent that has just gone arrive here; input() would
+            # take one for its answer.
+            while True:
+                parts = super().recv_multipart(*args, **kwargs)
+                if not _carries(parts):
+                    return parts
+
         def __del__(self) -> None:
             self.close()
 
     return StdinSocket
+
+
+def _carries(parts: list[Any]) -> bool:
+    """Whether a message is for an agent."""
+    try:
+        # identity, delimiter, signature, header
+        return bool(json.loads(bytes(parts[3]))["msg_type"] == "conchkernel")
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _port(endpoint: str) -> tuple[str, int]:

@@ -155,6 +155,21 @@ async def test_an_answer_outlives_the_agent(gateway):
         await until(lambda: carrier(gateway) not in (None, former))
 
 
+@pytest_twisted.ensureDeferred
+async def test_what_was_for_an_agent_is_no_answer(gateway):
+    """A gateway's messages arrive at the kernel, as when the agent has just gone."""
+    await shell(gateway)
+    async with notebook(gateway) as other:
+        other.holds = asked = []
+        answered = Deferred.fromCoroutine(other.asks())
+        await until(lambda: asked)
+        other.channels.carrierChannel = b"stdin"
+        for size in (1, 1000, 200_000):
+            other.channels.send_carrier([bytes(size)])
+        other.answer(asked.pop())  # behind them, by the same connection
+        await answered
+
+
 FORK = """
 import os, signal
 child = os.fork()
