@@ -229,6 +229,14 @@ def test_environmentIsBounded(rig: Rig) -> None:
     assert channel.events.count("success") == MAX_ENV_BYTES // 4010
 
 
+def test_aValueTooLargeIsRefusedAlone(rig: Rig) -> None:
+    """What comes after it is taken."""
+    channel = rig.client.open()
+    rig.client.request(channel, b"env", string(b"LC_BIG") + string(b"v" * MAX_ENV_BYTES))
+    rig.client.request(channel, b"env", string(b"LANG") + string(b"C.UTF-8"))
+    assert channel.events == ["failure", "success"]
+
+
 def test_lastValueCounts(rig: Rig) -> None:
     """A variable sent twice has its second value."""
     channel = rig.client.open()

@@ -143,12 +143,10 @@ class SessionChannel(GatewayChannel):
             return False
         # Each request counts, also where it replaces an earlier one: nobody needs that many.
         self._environmentCount += 1
-        self._environmentBytes += len(name) + len(value)
-        if (
-            self._environmentCount > MAX_ENV_VARIABLES
-            or self._environmentBytes > MAX_ENV_BYTES
-        ):
+        size = self._environmentBytes + len(name) + len(value)
+        if self._environmentCount > MAX_ENV_VARIABLES or size > MAX_ENV_BYTES:
             return False
+        self._environmentBytes = size
         self._environment[name] = value
         return True
 
