@@ -267,7 +267,7 @@ PERMISSIONS: dict[str, tuple[str, Judge, str]] = {
         "opens",
         places(openPlace),
         "Where ssh -L and -D may lead: HOST:PORT, with spaces between several and * for any of "
-        "either; or none. (default: any)",
+        "either; or none. Any but *:* also keeps them from Unix sockets. (default: any)",
     ),
     "permit-listen": (
         "listens",

@@ -28,7 +28,7 @@ from conchkernel.interfaces import (
 )
 from conchkernel.ssh.channel import LOCAL_WINDOW_BYTES, ChannelRefused, GatewayChannel, printable
 from conchkernel.ssh.fields import Fields, string
-from conchkernel.ssh.permissions import Directions, GatewayPorts, Permissions
+from conchkernel.ssh.permissions import GatewayPorts, Permissions
 from conchkernel.ssh.tunnels import AcceptedChannel, DirectChannel, shareBeside
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Forwarding:
         fields.end()
         if not _isPath(path):
             raise ChannelRefused(OPEN_CONNECT_FAILED, "the path of a socket must be absolute")
-        self._check(self._user.permissions.whyNotStreamLocal(Directions.LOCAL))
+        self._check(self._user.permissions.whyNotOpenPath())
         return self._open(SocketPath(path), windows)
 
     def _check(self, whyNot: str | None) -> None:
@@ -269,9 +269,7 @@ class Forwarding:
         fields = Fields(data, "streamlocal-forward")
         path = fields.string()
         fields.end()
-        if not _isPath(path) or self._refuses(
-            self._user.permissions.whyNotStreamLocal(Directions.REMOTE)
-        ):
+        if not _isPath(path) or self._refuses(self._user.permissions.whyNotListenPath()):
             return False
         told = string(path) + string(b"")
         forwarded = Forwarded(

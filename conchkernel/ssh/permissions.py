@@ -95,12 +95,29 @@ class Permissions:
             return f"listening at {host or '*'} port {port} is not permitted"
         return None
 
-    def whyNotStreamLocal(self, direction: Directions) -> str | None:
-        """Why no Unix socket is forwarded this way; ``None`` if it is."""
-        if not self.streamLocal & direction:
+    def whyNotOpenPath(self) -> str | None:
+        """Why ``ssh -L`` reaches no Unix socket; ``None`` if it does.
+
+        What names places names all that may be reached, and no path is a host and a port: it is
+        permitted by ``*:*`` alone, as with sshd.
+        """
+        if not self.streamLocal & Directions.LOCAL:
+            return "socket forwarding is not permitted"
+        if not all(_EVERYWHERE in places for places in self.opens):
+            return "forwarding to a socket is not permitted"
+        return None
+
+    def whyNotListenPath(self) -> str | None:
+        """Why no Unix socket is made for ``ssh -R``; ``None`` if one is.
+
+        Places are not asked, as with sshd: they name ports.
+        """
+        if not self.streamLocal & Directions.REMOTE:
             return "socket forwarding is not permitted"
         return None
 
+
+_EVERYWHERE = Place("*", None)
 
 _PORT = re.compile(r"\*|[0-9]{1,5}")
 
@@ -119,12 +136,13 @@ def openPlace(text: str) -> Place:
 def listenPlace(text: str) -> Place:
     """``PORT`` or ``HOST:PORT`` as PermitListen and ``permitlisten`` have it.
 
-    Without a host it is loopback, as with sshd.
+    Without a host it is any, as with sshd. What asks for none in particular, as ``ssh -R PORT:...``
+    does, asks for ``localhost``.
 
     :raises ValueError: with half a sentence.
     """
     host, colon, port = text.rpartition(":")
-    return Place(_host(host, text) if colon else "localhost", _port(port, text))
+    return Place(_host(host, text) if colon else "*", _port(port, text))
 
 
 def _host(host: str, text: str) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 POLICIES: dict[str, dict[str, str]] = {
     "named": {
         "PermitOpen": "127.0.0.1:{open}",
-        "PermitListen": "localhost:{listen} {listen}",
+        "PermitListen": "{listen}",
         "AllowStreamLocalForwarding": "no",
         "AllowAgentForwarding": "no",
     },
@@ -184,6 +184,7 @@ def test_only_what_is_named(policed: Host, ports: dict[str, int]) -> None:
     assert opens(policed, f"-W127.0.0.1:{ports['open']}")
     listen, other = ports["listen"], free_port()
     assert listens(policed, f"{listen}", ("127.0.0.1", listen))
+    assert listens(policed, f"127.0.0.1:{listen}", ("127.0.0.1", listen))
     why = f"forwarding to 127.0.0.1 port {other} is not permitted"
     refuses_to_open(policed, other, why)
     refuses_to_listen(policed, f"{other}", f"listening at localhost port {other} is not permitted")
@@ -206,11 +207,12 @@ def test_neither_sockets_nor_an_ssh_agent(policed: Host, tmp_path: Path) -> None
         assert "agent forwarding is not permitted" in policed.log.read_text()
 
 
-def reaches_a_socket(host: Host, tmp_path: Path) -> bool:
+def reaches_a_socket(host: Host, tmp_path: Path, *words: str) -> bool:
     """Whether ``-L`` leads to a Unix socket over there."""
     peer = Peer(echo, str(tmp_path / "there"), socket.AF_UNIX)
     try:
-        with host.forwarding(f"-L{tmp_path}/here:{tmp_path}/there"):
+        with host.master(*words) as master:
+            assert host.ssh(master, "-Oforward", f"-L{tmp_path}/here:{tmp_path}/there").status == 0
             with dial(tmp_path / "here") as connection:
                 try:
                     return exchange(connection, b"data") == b"data"
@@ -267,13 +269,14 @@ def test_a_restricted_key(policed: Host, ports: dict[str, int], client_home: Pat
 
 @under("keys")
 def test_a_key_that_opens_one_place(
-    policed: Host, ports: dict[str, int], client_home: Path
+    policed: Host, ports: dict[str, int], client_home: Path, tmp_path: Path
 ) -> None:
-    """``permitopen`` and ``permitlisten``."""
+    """``permitopen`` and ``permitlisten``. A key for one port reaches no socket either."""
     key, other, listen = f"-i{client_home}/opens", free_port(), ports["listen"]
     assert opens(policed, key, f"-W127.0.0.1:{ports['open']}")
     why = f"forwarding to 127.0.0.1 port {other} is not permitted"
     refuses_to_open(policed, other, why, key)
+    assert not reaches_a_socket(policed, tmp_path, key)
     assert listens(policed, f"localhost:{listen}", ("127.0.0.1", listen), key)
     why = f"listening at localhost port {other} is not permitted"
     refuses_to_listen(policed, f"localhost:{other}", why, key)
