@@ -40,7 +40,7 @@ from conchkernel.jupyter.urls import JupyterLocation
 from tests.jupyters import start_jupyter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from twisted.web.server import Request
@@ -332,6 +332,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents_writing, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(contents_writing, "_HIGH", 2000)
     monkeypatch.setattr(contents_writing, "_FETCH_BYTES", 700)
+    monkeypatch.setattr(contents_writing, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(contents_spool, "MAX_RANGES", 6)
 
 
@@ -914,7 +915,9 @@ class Whimsical(Resource):
         self.requests: list[str] = []
         self.limit = 1 << 30
         self.lose: list[str] = []
-        """For each of the next PUTs: ``before`` or ``after`` it is done, or neither."""
+        """For each of the next PUTs: ``before`` or ``after`` it is done, or ``late``, when it is
+        done after the next question, or neither."""
+        self.late: list[Callable[[], None]] = []
         self.silent = False
         self.unreadable: set[str] = set()
 
@@ -933,6 +936,8 @@ class Whimsical(Resource):
                 request.setResponseCode(404)
                 return b"<html>"
             request.setHeader(b"Last-Modified", b"Thu, 01 Jan 1970 00:16:40 GMT")
+            while self.late:
+                self.late.pop()()
             return data
         path = path.removeprefix("/api/contents").lstrip("/")
         if request.method == b"PUT":
@@ -952,8 +957,15 @@ class Whimsical(Resource):
         if lose != "before":
             told = json.loads(body)
             data = base64.b64decode(told["content"])
-            before = b"" if told.get("chunk", 1) == 1 else self.files.get(path, b"")
-            self.files[path] = before + data
+
+            def write() -> None:
+                before = b"" if told.get("chunk", 1) == 1 else self.files.get(path, b"")
+                self.files[path] = before + data
+
+            if lose == "late":
+                self.late.append(write)
+            else:
+                write()
         if lose:
             request.transport.abortConnection()
             return NOT_DONE_YET
@@ -986,9 +998,10 @@ async def whimsical() -> AsyncIterator[tuple[Whimsical, ContentsFileStore]]:
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("lose", ["before", "after"])
+@pytest.mark.parametrize("lose", ["before", "after", "late"])
 async def test_lostAnswers(lose: str) -> None:
-    """A connection that ends under a chunk: it is neither lost nor doubled."""
+    """A connection that ends under a chunk: it is neither lost nor doubled, also if the server
+    writes it only when it was asked whether it has."""
     data = os.urandom(9500)
     async with whimsical() as (server, store):
         file = await store.open(b"/file", PUT, NONE)

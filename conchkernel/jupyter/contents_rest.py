@@ -18,6 +18,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from twisted.internet.task import deferLater
+
 from conchkernel.errors import JupyterError
 from conchkernel.files import Attributes, FileProblem, FileStoreError
 from conchkernel.jupyter.contents_http import PATIENT_SECONDS, REQUEST_SECONDS, FileRequests
@@ -149,9 +151,14 @@ class Contents:
     """
 
     def __init__(self, reactor: Any, client: JupyterClient) -> None:
+        self._reactor = reactor
         self._client = client
         self._http = FileRequests(reactor, client)
         self._proved = False
+
+    def pause(self, seconds: float) -> Deferred[None]:
+        """Fires after a while."""
+        return deferLater(self._reactor, seconds)
 
     def close(self) -> Deferred[None]:
         """Close the connections that were kept."""

@@ -29,6 +29,10 @@ CHUNK_BYTES = 720 * 1024
 _LEAST_CHUNK = 16 * 1024
 #: Bytes that wait beside the chunk under way, before a writer is made to wait.
 _HIGH = 2 * CHUNK_BYTES
+#: How often and how long a chunk without an answer is waited for, before it is sent once more:
+#: perhaps the server has read it all before the connection broke, and writes it just now.
+_LOOKS = 8
+_LOOK_SECONDS = 0.25
 #: Bytes fetched at once of a file that is written anew.
 _FETCH_BYTES = 1024 * 1024
 
@@ -406,11 +410,14 @@ class Uploader:
 
     async def _again(self, data: bytes, chunk: int | None, before: int) -> Model:
         """The answer to a chunk did not come: did the chunk?"""
-        size = await self._real_size()
-        if size == before + len(data):
-            return await self._contents.stat(self.path)
-        if size != before:
-            raise self._changed()
+        for look in range(_LOOKS):
+            if look:
+                await self._contents.pause(_LOOK_SECONDS)
+            size = await self._real_size()
+            if size == before + len(data):
+                return await self._contents.stat(self.path)
+            if size != before:
+                raise self._changed()
         return await self._contents.put(self.path, data, chunk)
 
     async def _real_size(self) -> int:
