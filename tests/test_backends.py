@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import stat
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.logger import globalLogPublisher
+from twisted.protocols.portforward import ProxyFactory
 
 from conchkernel.errors import (
     ConfigurationError,
@@ -24,6 +26,7 @@ from conchkernel.jupyter.proxy import make_agent
 from conchkernel.jupyter.rest import JupyterClient
 
 from .collector import Collector
+from .jupyters import start_jupyter
 
 
 async def run(link, command):
@@ -111,6 +114,37 @@ async def test_a_shell_and_a_directory_that_are_there(currentJupyter, tmp_path):
     assert done.out.decode() == f"{place}\n{shell}\n"
     use.release()
     await backend.stop()
+
+
+async def said(backend, command):
+    """What a command says on a backend that is started for it."""
+    await backend.start()
+    use = await backend.connect("owner")
+    done = await run(use, command)
+    use.release()
+    await backend.stop()
+    return done.out
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_server_at_an_ipv6_address(currentJupyter, tmp_path):
+    """Its brackets go through REST and WebSocket."""
+    where = urlsplit(currentJupyter.pasted)
+    road = reactor.listenTCP(0, ProxyFactory("127.0.0.1", where.port), interface="::1")
+    url = currentJupyter.pasted.replace(where.netloc, f"[::1]:{road.getHost().port}")
+    assert await said(JupyterBackend(reactor, url, state_dir=tmp_path), b"echo six") == b"six\n"
+    await road.stopListening()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_server_without_a_token(tmp_path):
+    """It guards itself against foreign pages instead, and we are none."""
+    server = start_jupyter("current", options=["--IdentityProvider.token="])
+    try:
+        backend = JupyterBackend(reactor, server.url, state_dir=tmp_path)
+        assert await said(backend, b"echo open") == b"open\n"
+    finally:
+        server.stop()
 
 
 @pytest_twisted.ensureDeferred

@@ -352,7 +352,7 @@ async def test_cookiesAreNotKept() -> None:
     """A server's cookies would be a second identity beside the token."""
 
     def answer(request: Any) -> bytes:
-        assert request.getHeader("cookie") is None
+        assert request.getHeader("cookie") == "_xsrf=conchkernel"  # our own: there is no token
         request.addCookie("username-127-0-0-1", "somebody")
         return b'{"version": "9", "kernelspecs": {}}'
 

@@ -197,10 +197,6 @@ class FileRequests:
         headers = Headers({b"User-Agent": [b"conchkernel"], b"Accept": [b"*/*"]})
         for name, value in self._client.authorization_headers.items():
             headers.setRawHeaders(name, [value])
-        if not self._client.location.token:
-            # Without a token a server wants proof that no foreign page asks: that both agree.
-            headers.setRawHeaders(b"Cookie", [b"_xsrf=conchkernel"])
-            headers.setRawHeaders(b"X-XSRFToken", [b"conchkernel"])
         if body is not None:
             headers.setRawHeaders(b"Content-Type", [b"application/json"])
         if span is not None:
