@@ -175,6 +175,17 @@ async def test_proxyRefuses(answer: bytes, sentence: str) -> None:
         await agent.close()
 
 
+@pytest.mark.parametrize("proxy", ["127.0.0.1:1", "no.such.host.invalid:1"])
+@pytest_twisted.ensureDeferred
+async def test_proxyIsNotThere(proxy: str) -> None:
+    """That is said of the proxy, not of the server behind it."""
+    agent = RoadAgent(reactor, TrustPolicy(), {"http_proxy": proxy})
+    client = JupyterClient(reactor, JupyterLocation("http://jupyter.invalid:8888"), agent)
+    with pytest.raises(JupyterUnreachable, match="the proxy cannot be reached"):
+        await client.version()
+    await agent.close()
+
+
 @pytest_twisted.ensureDeferred
 async def test_silentProxyIsLeft() -> None:
     """Whoever waits for a proxy may stop waiting; the connection goes with that."""

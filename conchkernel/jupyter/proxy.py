@@ -21,6 +21,7 @@ from twisted.internet import ssl
 from twisted.internet._sslverify import IOpenSSLTrustRoot
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.interfaces import IProtocolFactory, IStreamClientEndpoint
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
@@ -259,6 +260,9 @@ class ConnectEndpoint:
             return tunnels[-1]
 
         def failed(failure: Failure) -> None:
+            if failure.check(ConnectError, DNSLookupError):
+                # Else the server would be blamed.
+                failure = Failure(ProxyRefused("the proxy cannot be reached; check HTTPS_PROXY"))
             if not made.called:
                 made.errback(failure)
 

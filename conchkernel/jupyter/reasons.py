@@ -32,7 +32,7 @@ def unreachable(problem: BaseException, url: str) -> JupyterError:
         return TLSRefused(f"the certificate of {place} is for another name; check the URL")
     if isinstance(problem, SSL.Error):
         return TLSRefused(_tls(problem, place))
-    return JupyterUnreachable(_sentence(problem, host, place))
+    return JupyterUnreachable(_sentence(problem, host, place, parts.scheme))
 
 
 def _innermost(problem: BaseException) -> BaseException:
@@ -54,7 +54,7 @@ def _innermost(problem: BaseException) -> BaseException:
     return problem
 
 
-def _sentence(problem: BaseException, host: str, place: str) -> str:
+def _sentence(problem: BaseException, host: str, place: str, scheme: str) -> str:
     if isinstance(problem, (error.DNSLookupError, error.UnknownHostError)):
         return f"no host is called {host}; check the URL"
     if isinstance(problem, error.ConnectionRefusedError):
@@ -69,7 +69,9 @@ def _sentence(problem: BaseException, host: str, place: str) -> str:
             error.ConnectingCancelledError,
         ),
     ):
-        return f"{place} does not answer in time; check the URL and the network"
+        # A server without TLS waits for the end of what it takes for a request.
+        hint = ", its https too," if scheme in ("https", "wss") else ""
+        return f"{place} does not answer in time; check the URL{hint} and the network"
     if isinstance(problem, (error.ConnectionLost, error.ConnectionDone, error.ConnectionAborted)):
         return f"{place} closed the connection without an answer; is the URL's http(s) right?"
     if isinstance(problem, error.ConnectError):
