@@ -20,6 +20,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from typing import Any
@@ -94,10 +95,8 @@ class Handover:
                 "key": self._kernel.session.key.hex(),
                 "digest": self._kernel.session.signature_scheme.partition("-")[2],
             }
-            if _ask(door, HANDOVER, request, _MAIN_SECONDS, listener):
-                door.settimeout(None)
-                self._left.clear()
-                self._door = door
+            done = _ask(door, HANDOVER, request, _MAIN_SECONDS, listener)
+            if done and self._lent(door, listener):
                 threading.Thread(target=self._watch, args=(door,), daemon=True).start()
                 if self._ended:
                     self.leave()  # by a newer relay meanwhile, which lends the port itself
@@ -106,6 +105,16 @@ class Handover:
         # Behind a _move that the main thread comes to only now.
         self._main.add_callback(threading.Thread(target=self._come_back, daemon=True).start)
         return False
+
+    def _lent(self, door: socket.socket, listener: socket.socket) -> bool:
+        """Whether it is the agent's turn now, or the kernel has gone back to the port meanwhile."""
+        door.settimeout(None)
+        with self._moving:
+            if self._listener is not listener:
+                return False
+            self._left.clear()
+            self._door = door
+            return True
 
     def _watch(self, door: socket.socket) -> None:
         try:
@@ -273,32 +282,22 @@ def _sockets_at(host: str, port: int) -> tuple[socket.socket, list[socket.socket
 
     :raises OSError: if none listens.
     """
+    system = importlib.import_module("ctypes").CDLL(None)
     listener = None
     connections = []
     for name in os.listdir("/dev/fd"):
+        if not _has_port(system, int(name), port):
+            continue
         try:
-            copy = os.dup(int(name))
+            one = socket.socket(fileno=os.dup(int(name)))
+            here = one.getsockname()
         except OSError:
             continue  # closed meanwhile
-        try:
-            one = socket.socket(fileno=copy)
-        except OSError:
-            os.close(copy)
-            continue
-        address: Any = ()
-        try:
-            if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
-                address = one.getsockname()
-        except OSError:
-            pass
-        if address[1:2] != (port,):
-            one.close()
-        elif one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            if address[0] == host and listener is None:
-                listener = one
-            else:
-                one.close()
-        elif host in (address[0], "0.0.0.0", "::"):
+        streams = one.type == socket.SOCK_STREAM and here[1] == port
+        listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if streams and listens and here[0] == host and listener is None:
+            listener = one
+        elif streams and not listens and host in (here[0], "0.0.0.0", "::"):
             connections.append(one)
         else:
             one.close()
@@ -309,6 +308,21 @@ def _sockets_at(host: str, port: int) -> tuple[socket.socket, list[socket.socket
     # libzmq and the agent may be told of the same connection; who comes second must not wait.
     listener.setblocking(False)
     return listener, connections
+
+
+def _has_port(system: Any, descriptor: int, port: int) -> bool:
+    """Whether this is a socket with this port, asked from outside: one that is made a socket of
+    Python's ceases to block for everybody where the user has set a timeout for new sockets.
+    """
+    ctypes = importlib.import_module("ctypes")
+    told, size = ctypes.create_string_buffer(128), ctypes.c_uint(128)
+    if system.getsockname(descriptor, told, ctypes.byref(size)) != 0:
+        return False
+    address = told.raw
+    # Of IPv4 and IPv6 alike; the family has two bytes, but on macOS the first is the length.
+    second = sys.platform == "darwin" or sys.byteorder == "big"
+    family = address[1] if second else address[0]
+    return family in (socket.AF_INET, socket.AF_INET6) and address[2:4] == port.to_bytes(2, "big")
 
 
 def _part(connection: socket.socket) -> None:

@@ -201,6 +201,21 @@ async def test_a_child_of_a_cell_is_in_nobodys_way(gateway):
             os.kill(child, signal.SIGKILL)
 
 
+@pytest_twisted.ensureDeferred
+async def test_a_cells_sockets_are_left_alone(gateway):
+    """They block as before while the port is lent, also with a timeout for new ones."""
+    made = "import socket; one, two = socket.socketpair(); socket.setdefaulttimeout(100)"
+    async with notebook(gateway) as other:
+        await other.evaluate("1", made)
+        collector = await shell(gateway)
+        former = carrier(gateway)
+        os.kill(await agent_pid(collector), signal.SIGKILL)
+        await until(lambda: carrier(gateway) not in (None, former))
+        assert direct(gateway)
+        blocks = "[__import__('os').get_blocking(it.fileno()) for it in (one, two)]"
+        assert await other.evaluate(blocks) == "[True, True]"
+
+
 @contextmanager
 def thief(port):
     """Somebody who wants the port, and tries all the time."""
