@@ -240,8 +240,8 @@ class _FarEnd:
         count, self._taken = limit - self._taken, limit
         self._stream.wire_sent(count)
 
-    def _forget(self) -> None:
-        """It was refused (:func:`conchkernel.wire.refuse`)."""
+    def forget(self) -> None:
+        """It was refused (:func:`conchkernel.wirestream.refuse`)."""
 
 
 class _NearEnd:

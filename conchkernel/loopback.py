@@ -131,7 +131,8 @@ class LoopbackBackend:
 
     :param orphanTimeout: seconds after which the agent of a dead gateway ends.
     :param compiled: whether the agent takes the compiled pump, where there is one.
-    :param prelude: Python for the agent's process to run first.
+    :param python: what the agent runs in; this process's own interpreter if not given.
+    :param prelude: code for the agent's process to run first.
     """
 
     def __init__(
@@ -145,9 +146,11 @@ class LoopbackBackend:
         pathPrefix: str = "",
         survivalSeconds: float = 60.0,
         compiled: bool = True,
+        python: str = sys.executable,
         prelude: str = "",
     ) -> None:
         self._reactor = reactor
+        self._python = python
         self._prelude = prelude
         self._secret = secrets.token_hex(32)
         self._options = {
@@ -191,7 +194,7 @@ class LoopbackBackend:
             "boot": self._prelude + sources["boot"],
         }
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _BOOT],
+            [self._python, "-I", "-S", "-c", _BOOT],
             input=json.dumps(given).encode(),
             capture_output=True,
             env=ENVIRONMENT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 #: Parts that are sent to a host where nothing is installed, or could be.
 STANDARD_LIBRARY_ONLY = {*WIRE, "remote", "errors"}
+
+#: Parts that are sent there.
+SENT = {*WIRE, "remote"}
 
 #: The edges: whoever else needs the reactor is given it.
 MAY_IMPORT_THE_REACTOR = {"tap", "process", "demo", "proxycommand", "foreground", "cli"}
@@ -160,6 +164,43 @@ def test_sentModulesUseTheStandardLibraryOnly(path: Path) -> None:
     # The relay lives inside ipykernel, which brings these.
     allowed = sys.stdlib_module_names | {"conchkernel", "ipykernel", "zmq", "IPython", "tornado"}
     assert foreign <= allowed
+
+
+def test_sentModulesRunOnAnOldPython() -> None:
+    """Kernels are not as new as gateways: what is sent to them is content with Python 3.8."""
+    sent = [path for path in MODULES if part(moduleName(path)) in SENT]
+    # Each is looked for before it is used.
+    beyond = ["--exclude", "os.pidfd_open", "--exclude", "fcntl.F_SETPIPE_SZ"]
+    vermin = Path(sys.executable).with_name("vermin")
+    command = [vermin, "-t=3.8-", "--no-tips", "-vvv", *beyond, *sent]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert not [
+        f"{path.name}:{node.lineno}"
+        for path in sent
+        for node in _evaluated(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Subscript) and generic(node)
+    ]
+
+
+def _evaluated(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of what runs: no annotations, and nothing that is for type checkers alone."""
+    for name, value in ast.iter_fields(tree):
+        if name in ("annotation", "returns"):
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if not isinstance(node, ast.AST):
+                continue
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue
+            yield node
+            yield from _evaluated(node)
+
+
+def generic(node: ast.Subscript) -> bool:
+    """Whether it is ``list[int]`` or its like, which is an error before Python 3.9."""
+    types = {"dict", "frozenset", "list", "set", "tuple", "type", "Callable", "deque"}
+    return ast.unparse(node.value) in types
 
 
 def test_tableNamesWhatExists() -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conchkernel.remote.service import CONNECT_FAILED, CannotServe
 
-#: family, type, protocol, address: what a socket is made of, and what it connects or binds to.
-Address = tuple[int, int, int, Any]
+if TYPE_CHECKING:
+    #: family, type, protocol, address: what a socket is made of, and what it connects or binds to.
+    Address = tuple[int, int, int, Any]
 
 
 def numeric(host: str, port: int, *, passive: bool = False) -> list[Address]:

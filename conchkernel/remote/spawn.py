@@ -137,7 +137,7 @@ def winsize(size: Any) -> bytes:
     return struct.pack("HHHH", rows, columns, width, height)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Spawned:
     """A running program and our ends of what it reads and writes, none of which blocks."""
 
@@ -177,7 +177,7 @@ def on_pipes(request: Request) -> Spawned:
         in_r, in_w, out_r, out_w, err_r, err_w = opened
         for fd in (in_w, out_r, err_r):
             os.set_blocking(fd, False)
-        if hasattr(fcntl, "F_SETPIPE_SZ"):
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux, and a Python from 3.10
             for fd in (in_w, out_r):
                 try:
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)

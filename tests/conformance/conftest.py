@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 import pytest_twisted
@@ -15,9 +16,10 @@ from conchkernel.localbackend import LocalBackend
 from conchkernel.loopback import LoopbackBackend
 
 from ..jupyters import STACKS
+from ..pythons import oldest
 from .poorhost import PRELUDE
 
-LOOPBACK = ["loopback-pure", "loopback-compiled", "loopback-poor"]
+LOOPBACK = ["loopback-pure", "loopback-compiled", "loopback-old", "loopback-poor"]
 
 
 @pytest.fixture(params=["local", *LOOPBACK, *STACKS], scope="module")
@@ -32,6 +34,7 @@ def backend(request, tmp_path_factory):
             reactor,
             environment=environment,
             compiled=name == "loopback-compiled",
+            python=oldest() if name == "loopback-old" else sys.executable,
             prelude=PRELUDE if name == "loopback-poor" else "",
         )
     else:

@@ -41,13 +41,14 @@ from conchkernel.jupyter.backends import JupyterBackend
 from conchkernel.loopback import LoopbackBackend
 
 from ..collector import Collector
+from ..pythons import oldest
 from .poorhost import PRELUDE
 
 READ = OpenFlag.READ
 WRITE = OpenFlag.WRITE
 NEW = OpenFlag.WRITE | OpenFlag.CREATE | OpenFlag.TRUNCATE
 NOTHING = Attributes()
-ROADS = ["agent-loopback", "agent-poor", "agent-jupyter"]
+ROADS = ["agent-loopback", "agent-old", "agent-poor", "agent-jupyter"]
 MIB = 1024 * 1024
 
 
@@ -120,6 +121,8 @@ def road(request, tmp_path_factory):
     """A started backend."""
     if request.param == "agent-loopback":
         made: Any = LoopbackBackend(reactor)
+    elif request.param == "agent-old":
+        made = LoopbackBackend(reactor, python=oldest())
     elif request.param == "agent-poor":
         made = LoopbackBackend(reactor, prelude=PRELUDE)
     else:
