@@ -13,8 +13,10 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 from twisted.logger import globalLogPublisher
+from twisted.web import resource, server
 
 from conchkernel.errors import (
+    JupyterError,
     JupyterUnreachable,
     KernelRefused,
     LinkLost,
@@ -411,6 +413,37 @@ async def test_silentUpgrade(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         with pytest.raises(JupyterUnreachable, match="in time"):
             await connect_channels(reactor, client, "x", on_carrier=print, on_lost=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [("starting", "the kernel python3 does not start"), ("idle", "but no WebSocket")],
+)
+@pytest_twisted.ensureDeferred
+async def test_silentAboutOneKernel(
+    monkeypatch: pytest.MonkeyPatch, state: str, sentence: str
+) -> None:
+    """A server that answers, but not our WebSocket, has a kernel without a word, or a proxy."""
+    monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 0.2)
+    answer = b'{"id": "x", "name": "python3", "execution_state": "%s"}' % state.encode()
+
+    class Answering(resource.Resource):
+        isLeaf = True
+
+        def render_GET(self, request: server.Request) -> bytes | int:
+            return server.NOT_DONE_YET if request.path.endswith(b"/channels") else answer
+
+    port = reactor.listenTCP(0, server.Site(Answering()), interface="127.0.0.1")
+    agent = make_agent(reactor)
+    client = JupyterClient(
+        reactor, JupyterLocation(f"http://127.0.0.1:{port.getHost().port}"), agent
+    )
+    try:
+        with pytest.raises(JupyterError, match=sentence):
+            await connect_channels(reactor, client, "x", on_carrier=print, on_lost=pytest.fail)
+    finally:
+        await agent.close()
+        await port.stopListening()
 
 
 @pytest_twisted.ensureDeferred

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from autobahn.twisted.websocket import WebSocketClientFactory
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
@@ -24,6 +24,8 @@ from zope.interface import implementer
 
 from conchkernel.errors import (
     ConchKernelError,
+    JupyterError,
+    JupyterUnreachable,
     KernelRefused,
     LinkLost,
     NotJupyter,
@@ -471,7 +473,11 @@ async def connect_channels(
         await client.agent.endpoint(url).connect(factory)
         (channels,) = made
         channels.opened.addTimeout(HANDSHAKE_SECONDS, reactor)
-        await channels.opened
+        try:
+            await channels.opened
+        except TimeoutError:
+            asking = Deferred.fromCoroutine(_silence(client, kernel_id))
+            raise await asking.addTimeout(HANDSHAKE_SECONDS / 3, reactor) from None
     except BaseException as error:
         for one in made:
             one.abort()
@@ -479,3 +485,19 @@ async def connect_channels(
             raise unreachable(error, client.location.base) from None
         raise
     return channels
+
+
+async def _silence(client: JupyterClient, kernel_id: str) -> JupyterError:
+    """Why a WebSocket is not answered. The server waits with that for the kernel's first word."""
+    kernel = await client.kernel(kernel_id)
+    if kernel is None or kernel.state in ("starting", "restarting", "dead"):
+        name = f"the kernel {kernel.name}" if kernel is not None else "the kernel"
+        return KernelRefused(
+            f"{name} does not start, or takes longer than {HANDSHAKE_SECONDS:g} seconds; the "
+            "Jupyter server's log says why"
+        )
+    place = urlsplit(client.location.base).netloc
+    return JupyterUnreachable(
+        f"{place} answers, but no WebSocket in {HANDSHAKE_SECONDS:g} seconds; a proxy before the "
+        "Jupyter server must pass them on"
+    )

@@ -12,6 +12,7 @@ from OpenSSL import SSL
 from service_identity import VerificationError
 from twisted.internet import defer, error
 from twisted.python.failure import Failure
+from twisted.web._newclient import ParseError
 from twisted.web.client import RequestGenerationFailed, RequestTransmissionFailed, ResponseFailed
 
 from conchkernel.errors import JupyterError, JupyterUnreachable, TLSRefused
@@ -76,6 +77,8 @@ def _sentence(problem: BaseException, host: str, place: str, scheme: str) -> str
         return f"{place} closed the connection without an answer; is the URL's http(s) right?"
     if isinstance(problem, error.ConnectError):
         return f"{place} cannot be reached; check the URL and the network"
+    if isinstance(problem, ParseError):
+        return f"{place} does not speak HTTP; check the URL's port"
     return f"{place} could not be asked ({type(problem).__name__})"
 
 

@@ -58,6 +58,8 @@ class KernelModel:
     """Of its kernelspec."""
     session: str | None = None
     """The session it was made for, where there is one: deleting that deletes the kernel."""
+    state: str = ""
+    """What the server believes that it does: ``starting``, ``idle``, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +355,8 @@ def _kernel_path(kernel_id: str) -> str:
 def _kernel(told: Any, session: str | None = None) -> KernelModel:
     if not isinstance(told, dict) or not isinstance(told.get("id"), str) or not told["id"]:
         raise NotJupyter("the server's answer names no kernel; check the URL")
-    return KernelModel(told["id"], str(told.get("name") or ""), session)
+    name, state = (str(told.get(key) or "") for key in ("name", "execution_state"))
+    return KernelModel(told["id"], name, session, state)
 
 
 def version_of(answer: Answer | None) -> str | None:
