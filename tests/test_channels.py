@@ -417,7 +417,7 @@ async def test_silentUpgrade(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("state", "sentence"),
-    [("starting", "the kernel python3 does not start"), ("idle", "but no WebSocket")],
+    [("starting", "the kernel python3 says nothing"), ("idle", "but no WebSocket")],
 )
 @pytest_twisted.ensureDeferred
 async def test_silentAboutOneKernel(

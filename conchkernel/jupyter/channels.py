@@ -488,13 +488,14 @@ async def connect_channels(
 
 
 async def _silence(client: JupyterClient, kernel_id: str) -> JupyterError:
-    """Why a WebSocket is not answered. The server waits with that for the kernel's first word."""
+    """Why a WebSocket is not answered. The server waits with that for the kernel's first word,
+    and calls a kernel that nobody has heard yet starting."""
     kernel = await client.kernel(kernel_id)
     if kernel is None or kernel.state in ("starting", "restarting", "dead"):
         name = f"the kernel {kernel.name}" if kernel is not None else "the kernel"
         return KernelRefused(
-            f"{name} does not start, or takes longer than {HANDSHAKE_SECONDS:g} seconds; the "
-            "Jupyter server's log says why"
+            f"{name} says nothing in {HANDSHAKE_SECONDS:g} seconds: it does not start, or a proxy "
+            "keeps our WebSocket; the Jupyter server's log says which"
         )
     place = urlsplit(client.location.base).netloc
     return JupyterUnreachable(
