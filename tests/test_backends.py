@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from urllib.parse import urlsplit
 
 import pytest
@@ -124,6 +126,54 @@ async def said(backend, command):
     use.release()
     await backend.stop()
     return done.out
+
+
+#: A gateway with the same state directory, in a process of its own, and in use.
+ANOTHER = """\
+import sys
+from pathlib import Path
+from twisted.internet.defer import Deferred
+from twisted.internet.task import react
+from conchkernel.jupyter.backends import JupyterBackend
+
+async def main(reactor, url, state):
+    backend = JupyterBackend(reactor, url, state_dir=Path(state))
+    await backend.start()
+    await backend.connect("owner")
+    print("in use", flush=True)
+    await Deferred()
+
+react(lambda *arguments: Deferred.fromCoroutine(main(*arguments)), sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest_twisted.ensureDeferred
+async def test_a_killed_gateway_holds_no_kernel(currentJupyter, tmp_path, killed):
+    """The agent counts it until the orphan timeout, but whoever comes after it takes the kernel
+    away. One that lives keeps it."""
+    command = [sys.executable, "-c", ANOTHER, currentJupyter.pasted, str(tmp_path)]
+    another = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert another.stdout.readline() == b"in use\n"
+        if killed:
+            another.kill()
+            another.wait()
+        backend = JupyterBackend(reactor, currentJupyter.pasted, state_dir=tmp_path)
+        await backend.start()
+        client, used = backend._client, backend._kernels["owner"]._road._wantedId
+        await backend.stop()
+        assert backend.sessionsLeft == 1
+        agent = make_agent(reactor)
+        asking = JupyterClient(reactor, client.location, agent)
+        assert (await asking.kernel(used) is None) == killed
+        if not killed:
+            await asking.delete_kernel(used)
+        await agent.close()
+    finally:
+        another.kill()
+        another.wait()
+        another.stdout.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -45,7 +45,6 @@ _IDENTITY_BYTES = 32
 OWNER = "owner"
 #: What is said while nobody knows more.
 _ABSENT = "the gateway has no Jupyter server now; try again in a moment"
-UNSHARED = Unshared()
 
 
 def identity(stateDir: Path) -> bytes:
@@ -166,8 +165,7 @@ class UserKernel:
         if self._starting is not None:
             self._starting.cancel()
         others = await self.link.stop()
-        # An agent that could not be asked has nobody, as far as can be seen from here.
-        if others == 0 or (others < 0 and self._backend.sharing.alone()):
+        if self._backend.sharing.isLast(others):
             try:
                 await self._road.remove()
             except JupyterError as error:
@@ -183,8 +181,8 @@ class JupyterBackend:
     :param stateDir: where the gateway's identity is kept.
     :param prestart: whose kernel :meth:`start` starts, to see that it can; ``None`` for nobody's.
     :param grace: seconds from the last use of a kernel to its end.
-    :param sharing: how to agree with other processes that have this identity. Each start takes
-        its turn; a stop is its caller's turn.
+    :param sharing: how to agree with other processes that have this identity; ``None`` where there
+        should be none. Each start takes its turn; a stop is its caller's turn.
     :ivar sessionsLeft: after a stop, how many sessions of others agents have told of.
     """
 
@@ -203,11 +201,13 @@ class JupyterBackend:
         orphan_timeout: float = 120.0,
         grace: float = 60.0,
         prestart: str | None = OWNER,
-        sharing: Sharing = UNSHARED,
+        sharing: Sharing | None = None,
     ) -> None:
         self.reactor = reactor
         self.grace = grace
-        self.sharing = sharing
+        unshared = Unshared(Path(state_dir))
+        self._unshared = unshared if sharing is None else None
+        self.sharing: Sharing = unshared if sharing is None else sharing
         self.stopping = False
         self.sessionsLeft = 0
         self._urlText = urlText
@@ -233,6 +233,8 @@ class JupyterBackend:
         """
         self.stopping = False
         self._identity = identity(self._stateDir)
+        if self._unshared is not None:
+            self._unshared.open()
         if self._client is None:
             if self._agent is None:
                 self._agent = make_agent(self.reactor, self._caFile)
@@ -275,6 +277,8 @@ class JupyterBackend:
         await DeferredList(endings, consumeErrors=True)
         ended = await DeferredList(stops, consumeErrors=True)
         self.sessionsLeft = sum(max(0, others) for success, others in ended if success)
+        if self._unshared is not None:
+            self._unshared.close()
         self._client = None
         agent, self._agent = self._agent, None
         if agent is not None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Between two looks at a lock that somebody else has.
 _LOOK_SECONDS = 0.02
+#: Has a shared lock of each process that uses the directory.
+_USERS = "users.lock"
 #: Longer than a kernel may take to start; who has a lock for longer does not run any more.
 _PATIENCE_SECONDS = 90.0
 
@@ -38,19 +40,48 @@ class Sharing(Protocol):
     def creation(self) -> contextlib.AbstractAsyncContextManager[Any]:
         """To be had while a kernel is looked for and made; taken within a turn, or without one."""
 
-    def alone(self) -> bool:
-        """Whether no other process here uses the kernel, or is about to."""
+    def isLast(self, others: int) -> bool:
+        """Whether the kernel is to go with whoever leaves now, in its turn.
+
+        :param others: sessions that the agent still counts; -1 where it could not be asked. Those
+            of a process that was killed are among them until the orphan timeout.
+        """
 
 
 class Unshared:
-    """Nobody else has this identity; who does all the same is known by the agent's count."""
+    """Nobody else should have this identity. Who has it all the same, with the same state
+    directory, is in the agent's count, and known from those that were killed by a lock.
+
+    :param directory: where the identity is kept; it may be one that cannot be written to.
+    """
 
     turn: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
     creation: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
 
-    def alone(self) -> bool:
-        """As far as we know."""
-        return True
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._users: int | None = None
+
+    def open(self) -> None:
+        """Be one who uses the directory. Idempotent."""
+        try:
+            if self._users is None:
+                self._users = _open(self._directory / _USERS)
+                fcntl.flock(self._users, fcntl.LOCK_SH)
+        except ConfigurationError:
+            pass  # then the agent's count is all there is
+
+    def close(self) -> None:
+        """No user any more. Idempotent."""
+        users, self._users = self._users, None
+        if users is not None:
+            os.close(users)
+
+    def isLast(self, others: int) -> bool:
+        """Also where those whom the agent counts are dead: it goes by itself, and no kernel."""
+        if self._users is None:
+            return others <= 0
+        return others == 0 or _alone(self._users)
 
 
 class FileLock:
@@ -97,16 +128,17 @@ class SharedState:
         self.creation = FileLock(reactor, directory / "creation.lock")
         self._lingering = directory / "lingering.lock"
         self._lingerer: int | None = None
-        self._users = _open(directory / "users.lock")
+        self._users = _open(directory / _USERS)
         # Waits for no longer than somebody's question whether there are others.
         fcntl.flock(self._users, fcntl.LOCK_SH)
 
     def alone(self) -> bool:
         """Whether no other process uses this directory. Asked while having the :attr:`turn`."""
-        alone = _lock(self._users, fcntl.LOCK_EX)
-        # Either way the shared lock is gone; nobody has missed it, for the turn is ours.
-        fcntl.flock(self._users, fcntl.LOCK_SH)
-        return alone
+        return _alone(self._users)
+
+    def isLast(self, others: int) -> bool:
+        """See :meth:`Sharing.isLast`. Whom the agent counts without reason is waited for."""
+        return others == 0 or (others < 0 and self.alone())
 
     def takeLingering(self) -> bool:
         """Become the one process that stays behind. Asked while having the :attr:`turn`.
@@ -148,6 +180,15 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be used: {error.strerror}") from None
+
+
+def _alone(users: int) -> bool:
+    """Whether nobody else has a shared lock."""
+    alone = _lock(users, fcntl.LOCK_EX)
+    # Either way the shared lock is gone for a moment. Who takes turns has not missed it; where
+    # there are none, only somebody who leaves too could have.
+    fcntl.flock(users, fcntl.LOCK_SH)
+    return alone
 
 
 def _lock(fd: int, how: int) -> bool:
