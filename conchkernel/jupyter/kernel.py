@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 KERNEL_SECONDS = 60.0
 #: Later, with streams waiting, one that does not answer may be on its way out: look again.
 AGAIN_SECONDS = 10.0
+#: One that is silent for so long may be at somebody's cell, and have our relay still.
+BUSY_SECONDS = 2.0
 START_SECONDS = 30.0
 #: A kernel that has said goodbye still looks alive to its server for so long.
 ENDING_SECONDS = 1.0
@@ -49,6 +51,8 @@ class KernelCarrier:
         self._user: CarrierUser | None = user
         self._channels: KernelChannels | None = None
         self._started: Deferred[dict[str, Any]] | None = None
+        #: Fires with whether the kernel has a relay, once it is known without the kernel's word.
+        self._stands: Deferred[bool] | None = None
         self._keepAlive = LoopingCall(self._sayAlive)
         self._leaving: IDelayedCall | None = None
 
@@ -86,6 +90,9 @@ class KernelCarrier:
                     started.callback(frames.body_of(message))
                 except frames.WireViolation as violation:
                     started.errback(LinkLost(str(violation)))
+        elif self._stands is not None:
+            if message[:1] == bytes([frames.LOST]) and not self._stands.called:
+                self._stands.callback(True)
         elif self._leaving is not None and message[:1] == bytes([frames.LOST]):
             pass  # that is known, and it is too early to look for the next kernel
         elif self._user is not None:
@@ -115,10 +122,12 @@ class KernelCarrier:
         kernel_id: str,
         start: dict[str, Any],
         patience: float,
+        again: bool,
     ) -> None:
         """Connect, inject, start the agent.
 
         :param patience: seconds for each of the kernel's answers.
+        :param again: whether we have put a relay into this kernel before.
         :raises JupyterError: with a sentence.
         """
         channels = await connect_channels(
@@ -130,23 +139,16 @@ class KernelCarrier:
         )
         channels.on_resumed = self.resumed
         self._channels = channels
-        info = await channels.request("shell", "kernel_info_request", {}, patience)
-        language = (info.get("language_info") or {}).get("name")
-        if language != "python":
-            raise KernelUnsupported(
-                f"this kernel speaks {str(language)[:40]}, not Python, and cannot carry a shell; "
-                "choose a Python kernel with --kernel-name"
-            )
-        reply = await channels.request(
-            "shell", "execute_request", injection.injection(), patience
-        )
-        injection.check(reply)
+        info = channels.request("shell", "kernel_info_request", {}, patience)
+        if not (again and await self._relayStands(reactor, channels, info)):
+            await self._inject(channels, await info, patience)
         started: Deferred[dict[str, Any]] = Deferred()
         self._started = started
         started.addTimeout(START_SECONDS, reactor)
         channels.send_carrier([bytes([frames.START]) + json.dumps(start).encode()])
         try:
             answer = await started
+            self._stands = None
         except TimeoutError:
             raise KernelUnsupported(
                 "the relay in the kernel does not answer on the control channel; "
@@ -162,6 +164,44 @@ class KernelCarrier:
         channels.on_restarted = self._restarted
         self._keepAlive.clock = reactor
         self._keepAlive.start(KEEP_ALIVE_SECONDS, now=False)
+
+    async def _relayStands(
+        self, reactor: Any, channels: KernelChannels, info: Deferred[dict[str, Any]]
+    ) -> bool:
+        """Whether the kernel is busy, and has a relay from before.
+
+        A cell may run for hours, or wait in ``input()``. To inject would be to wait for its end,
+        and is not needed. A relay says of itself to who is no client of it that there is no agent.
+
+        :param info: the kernel's answer to something, which nobody wants if this is so.
+        """
+        stands = self._stands = Deferred()
+        probe = reactor.callLater(BUSY_SECONDS, channels.send_carrier, [bytes([frames.LOST])])
+
+        def answered(answer: dict[str, Any] | Failure) -> Any:
+            if probe.active():
+                probe.cancel()
+            if stands.called:
+                return None
+            stands.callback(False)
+            return answer
+
+        info.addBoth(answered)
+        return await stands
+
+    async def _inject(
+        self, channels: KernelChannels, info: dict[str, Any], patience: float
+    ) -> None:
+        language = (info.get("language_info") or {}).get("name")
+        if language != "python":
+            raise KernelUnsupported(
+                f"this kernel speaks {str(language)[:40]}, not Python, and cannot carry a shell; "
+                "choose a Python kernel with --kernel-name"
+            )
+        reply = await channels.request(
+            "shell", "execute_request", injection.injection(), patience
+        )
+        injection.check(reply)
 
     def _restarted(self) -> None:
         if self._leaving is None and self._channels is not None:
@@ -213,6 +253,7 @@ class KernelRoad:
             "options": {"orphan_timeout": orphanTimeout},
         }
         self._patience = KERNEL_SECONDS
+        self._carried: str | None = None
         self._kernel: str | None = None
         self._sessionId: str | None = None
         self._creating: Deferred[None] | None = None
@@ -226,12 +267,18 @@ class KernelRoad:
         carrier = KernelCarrier(user)
         try:
             await carrier.open(
-                self._reactor, self._client, kernel_id, self._start, self._patience
+                self._reactor,
+                self._client,
+                kernel_id,
+                self._start,
+                self._patience,
+                again=kernel_id == self._carried,
             )
         except BaseException:
             carrier.close()
             raise
         self._patience = AGAIN_SECONDS
+        self._carried = kernel_id
         return carrier
 
     async def _ensureKernel(self) -> str:

@@ -156,6 +156,28 @@ async def test_an_answer_outlives_the_agent(gateway):
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_cell_that_runs_keeps_no_shell_waiting(gateway):
+    """When the link is lost, it comes back by the relay that the kernel has, whose main thread
+    waits for an answer; and again, when there is a new agent to be started."""
+    collector, another = await shell(gateway), await shell(gateway)
+    pid = await agent_pid(collector)
+    async with notebook(gateway) as other:
+        other.holds = asked = []
+        answered = Deferred.fromCoroutine(other.asks())
+        await until(lambda: asked)
+        former = carrier(gateway)
+        former._channels.transport.abortConnection()
+        await until(lambda: carrier(gateway) not in (None, former))
+        assert direct(gateway)
+        await proves_alive(collector)
+        os.kill(pid, signal.SIGKILL)
+        await another.untilClosed()  # as soon as there is another agent, which has it not
+        await proves_alive(await shell(gateway))
+        other.answer(asked.pop())
+        await answered
+
+
+@pytest_twisted.ensureDeferred
 async def test_what_was_for_an_agent_is_no_answer(gateway):
     """A gateway's messages arrive at the kernel, as when the agent has just gone."""
     await shell(gateway)
