@@ -41,7 +41,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MARK = b'"conchkernel"'
 _DELIMITER = b"<IDS|MSG>"
 _LENGTH = struct.Struct(">I")
-#: Started with nothing in argv but this line; secret and sources come by the pipe.
+#: Started with nothing in argv but this line; secret and sources come by its stdin.
 _BOOT = "import json,sys;g=json.loads(sys.stdin.buffer.read());exec(g.pop('boot'),{'given':g})"
 _OF_THE_KERNEL = re.compile(r"JPY_|PYDEVD_|IPY_INTERRUPT|MPLBACKEND$|INTERRUPT_EVENT")
 #: What ipykernel sets in its own process; shells get what the server's account has.
@@ -245,22 +245,27 @@ class Relay:
         # Big buffers come and go all the time; without this each of them is an mmap.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4194304",
                        "MALLOC_TRIM_THRESHOLD_": "4194304"}  # fmt: skip
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _BOOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=environment,
-            cwd="/",
-        )
-        try:
-            _, complaint = process.communicate(json.dumps(given).encode(), timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise OSError("it took too long") from None
+        # Not by pipes: a child that a cell forks just then would keep them open, and have us wait.
+        with _file() as told, _file() as complaint:
+            told.write(json.dumps(given).encode())
+            told.seek(0)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BOOT],
+                stdin=told,
+                stdout=subprocess.DEVNULL,
+                stderr=complaint,
+                env=environment,
+                cwd="/",
+            )
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise OSError("it took too long") from None
+            complaint.seek(0)
+            text = complaint.read().decode("utf-8", "replace").strip().splitlines()
         if process.returncode != 0:
-            text = complaint.decode("utf-8", "replace").strip().splitlines()
             raise OSError(text[-1] if text else f"status {process.returncode}")
 
     def gone(self, identity: bytes, client: _Client) -> None:
@@ -393,6 +398,14 @@ class _Client:
         self._socket.close()
         self._unsent.clear()
         self._relay.gone(self._identity, self)
+
+
+def _file() -> Any:
+    """A file without a name; in memory, where the system has such."""
+    try:
+        return open(os.memfd_create("conchkernel"), "w+b")
+    except (AttributeError, OSError):
+        return tempfile.TemporaryFile()
 
 
 def _keep_large_buffers() -> None:

@@ -223,6 +223,34 @@ async def test_a_child_of_a_cell_is_in_nobodys_way(gateway):
             os.kill(child, signal.SIGKILL)
 
 
+FORKS = """
+import os, signal, subprocess
+children = []
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        children.append(os.fork())
+        if not children[-1]:
+            signal.pause()
+            os._exit(0)
+former, subprocess.Popen = subprocess.Popen, Popen
+"""
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_child_forked_while_an_agent_is_started(gateway):
+    """What the agent is told by, and what it complains by, is not held open by that child."""
+    collector = await shell(gateway)
+    async with notebook(gateway) as other:
+        await other.evaluate("1", FORKS)
+        os.kill(await agent_pid(collector), signal.SIGKILL)
+        await collector.untilClosed()
+        children = json.loads(await other.evaluate("children", "subprocess.Popen = former"))
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        assert len(children) == 1  # it was started at the first attempt
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_cells_sockets_are_left_alone(gateway):
     """They block as before while the port is lent, also with a timeout for new ones."""
