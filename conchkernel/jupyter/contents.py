@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +38,7 @@ from conchkernel.jupyter.contents_rest import MAX_NAME_BYTES, Contents, Model
 from conchkernel.jupyter.contents_spool import SPOOL_BYTES, Budget
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
     from pathlib import Path
 
     from conchkernel.files import Filesystem, IOpenFile
@@ -327,8 +328,27 @@ class ContentsFileStore:
         path = clean(path)
         if (await self.contents.stat(path)).directory:
             raise FileStoreError(FileProblem.IS_DIRECTORY)
-        await self.contents.delete(path)
-        self._gone(path)
+        async with self._held(path):
+            await self.contents.delete(path)
+            self._gone(path)
+
+    @asynccontextmanager
+    async def _held(self, *paths: bytes) -> AsyncIterator[None]:
+        """Nothing goes up meanwhile of the files that are open there, or below: it would arrive
+        under a name that is no longer theirs."""
+        files = [
+            file
+            for file in self._files
+            if any(file.path == path or file.path.startswith(path + b"/") for path in paths)
+        ]
+        releases: list[Callable[[], None]] = []
+        try:
+            for file in files:
+                releases.append(await file.hold())
+            yield
+        finally:
+            for release in releases:
+                release()
 
     def _gone(self, path: bytes) -> None:
         """What is still to be written there must not make it anew."""
@@ -377,16 +397,17 @@ class ContentsFileStore:
             return
         if b"/" in (old, new) or new.startswith(old + b"/"):
             raise FileStoreError(FileProblem.INVALID)
-        try:
-            await self.contents.rename(old, new)
-        except FileStoreError as error:
-            if error.problem is not FileProblem.EXISTS or not overwrite:
-                raise
-            await self._replace(old, new)
-            self._gone(new)
-        for file in self._files:
-            if file.path == old or file.path.startswith(old + b"/"):
-                file.path = new + file.path[len(old) :]
+        async with self._held(old, new):
+            try:
+                await self.contents.rename(old, new)
+            except FileStoreError as error:
+                if error.problem is not FileProblem.EXISTS or not overwrite:
+                    raise
+                await self._replace(old, new)
+                self._gone(new)
+            for file in self._files:
+                if file.path == old or file.path.startswith(old + b"/"):
+                    file.path = new + file.path[len(old) :]
 
     async def _replace(self, old: bytes, new: bytes) -> None:
         source, target = await self.contents.stat(old), await self.contents.stat(new)

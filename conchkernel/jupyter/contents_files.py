@@ -14,6 +14,8 @@ from conchkernel.jupyter.contents_reading import Reader
 from conchkernel.jupyter.contents_writing import Uploader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from twisted.python.failure import Failure
 
     from conchkernel.files import Filesystem
@@ -180,6 +182,12 @@ class ContentsFile:
         finishing = self._finishing = Deferred.fromCoroutine(self._uploader.finish())
         finishing.addBoth(self._finished)
         return finishing
+
+    async def hold(self) -> Callable[[], None]:
+        """Wait for what is going up, and let nothing follow until the answer is called."""
+        if self._uploader is None:
+            return lambda: None
+        return await self._uploader.hold()
 
     def removed(self) -> None:
         """There is no such file any more: what is written now is nobody's."""

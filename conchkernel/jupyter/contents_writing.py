@@ -1,16 +1,18 @@
 """Bringing written bytes up to the server, by an API that can only append.
 
-What is written straight on goes up in chunks while the writer writes. What is written elsewhere
-waits in a spool: behind the end until the gap is filled, before the end until the whole file can
-be written anew - at once when the spool has all of it, else by fetching the rest when the file is
-synced or closed. Each answer tells the file's size, so a lost or doubled chunk does not go unseen.
+What is written straight on goes up in chunks, each of what has come while the last one was under
+way, and counts as written when the server has it: many programs do not look at the answer to a
+close. What is written elsewhere waits in a spool: behind the end until the gap is filled, before
+the end until the whole file can be written anew - at once when the spool has all of it, else by
+fetching the rest when the file is synced or closed. Each answer tells the file's size, so a lost or
+doubled chunk does not go unseen.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredLock, fail
+from twisted.internet.defer import CancelledError, Deferred, DeferredLock
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -19,6 +21,8 @@ from conchkernel.jupyter.contents_rest import TooLarge
 from conchkernel.jupyter.contents_spool import Spool
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from conchkernel.jupyter.contents_rest import Contents, Model
     from conchkernel.jupyter.contents_spool import Budget
 
@@ -27,8 +31,6 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 720 * 1024
 #: A server that takes less than this at once takes no files.
 _LEAST_CHUNK = 16 * 1024
-#: Bytes that wait beside the chunk under way, before a writer is made to wait.
-_HIGH = 2 * CHUNK_BYTES
 #: How often and how long a chunk without an answer is waited for, before it is sent once more:
 #: perhaps the server has read it all before the connection broke, and writes it just now.
 _LOOKS = 8
@@ -65,7 +67,8 @@ class Uploader:
         self._number = 0 if size == 0 else 1
         self._unfinished = False
         self._pumping: Deferred[None] | None = None
-        self._waiting: list[Deferred[None]] = []
+        # Where the bytes of each writer who waits end.
+        self._waiting: list[tuple[int, Deferred[None]]] = []
 
     @property
     def size(self) -> int:
@@ -101,7 +104,8 @@ class Uploader:
     # --- taking ------------------------------------------------------------------------------
 
     def write(self, offset: int, data: bytes) -> Deferred[None] | None:
-        """Take ``data``; a Deferred asks the writer to wait.
+        """Take ``data``; the Deferred fires when the server has it, ``None`` is for what must wait
+        in the spool.
 
         :raises FileStoreError: if it cannot be kept; a failed upload stays so.
         """
@@ -112,7 +116,7 @@ class Uploader:
         if offset == self._end and not self._anew:
             self._buffer += data
             self._drop(offset, offset + len(data))
-            return self._pushed()
+            return self._pushed(offset + len(data))
         if offset < self._end and max(self.size, offset + len(data)) > self._budget.limit:
             raise self._budget.full()
         spool = self._spool or Spool(self._budget)
@@ -121,7 +125,7 @@ class Uploader:
         self._supersede()
         if spool.crowded:
             return Deferred.fromCoroutine(self._uncrowd())
-        return self._pushed()
+        return self._pushed(offset + len(data))
 
     def extend(self, size: int) -> Deferred[None] | None:
         """Make it longer, with zeros.
@@ -133,7 +137,7 @@ class Uploader:
         spool = self._spool or Spool(self._budget)
         spool.zeros(self.size, size)
         self._spool = spool
-        return self._pushed()
+        return self._pushed(size)
 
     async def shorten(self, size: int) -> None:
         """Make it shorter."""
@@ -180,6 +184,7 @@ class Uploader:
             view.release()
             self._buffer.clear()
             self._spool = spool
+            self._progress()
 
     def _supersede(self) -> None:
         """Where the spool has the whole file, what the server has does not count."""
@@ -193,22 +198,25 @@ class Uploader:
         self._sent, self._number, self._unfinished = 0, 0, False
 
     def _pump(self) -> None:
-        """Begin to send, where there is a chunk's worth and nobody does."""
-        if self._pumping is None and self._ready >= self._chunk and self.problem is None:
+        """Begin to send, where there is something and nobody does."""
+        if self._pumping is None and self._ready and self.problem is None:
             self._pumping = Deferred.fromCoroutine(self._upload(last=False, rest=False))
             self._pumping.addBoth(self._pumped)
 
-    def _pushed(self) -> Deferred[None] | None:
+    def _pushed(self, end: int) -> Deferred[None] | None:
         self._pump()
-        if self._ready <= _HIGH:
+        if not self._on_the_way(end):
             return None
-        if self.problem is not None:
-            return fail(self.problem)
         waiting: Deferred[None] = Deferred(
-            lambda one: self._waiting.remove(one) if one in self._waiting else None
+            lambda _: self._waiting.remove(entry) if entry in self._waiting else None
         )
-        self._waiting.append(waiting)
+        entry = (end, waiting)
+        self._waiting.append(entry)
         return waiting
+
+    def _on_the_way(self, end: int) -> bool:
+        """Whether bytes that end there are not on the server, but go there without more ado."""
+        return self._sent < end <= self._sent + self._ready
 
     def _pumped(self, result: Failure | None) -> None:
         self._pumping = None
@@ -220,13 +228,19 @@ class Uploader:
 
     def _progress(self) -> None:
         """Let writers go on, or tell them."""
-        if self.problem is not None or self._ready <= _HIGH:
-            waiting, self._waiting = self._waiting, []
-            for one in waiting:
-                if self.problem is None:
-                    one.callback(None)
-                else:
-                    one.errback(self.problem)
+        waiting = self._waiting
+        self._waiting = []
+        over = []
+        for end, one in waiting:
+            if self.problem is None and self._on_the_way(end):
+                self._waiting.append((end, one))
+            else:
+                over.append(one)
+        for one in over:
+            if self.problem is None:
+                one.callback(None)
+            else:
+                one.errback(self.problem)
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -268,6 +282,11 @@ class Uploader:
 
     # --- giving ------------------------------------------------------------------------------
 
+    async def hold(self) -> Callable[[], None]:
+        """Wait for what is going up, and let nothing follow until the answer is called."""
+        await self._lock.acquire()
+        return self._lock.release
+
     async def flush(self) -> None:
         """Have it all on the server."""
         await self._upload(last=False, rest=True)
@@ -297,16 +316,21 @@ class Uploader:
     async def _upload(self, *, last: bool, rest: bool) -> None:
         """Send what is ready.
 
-        :param rest: all of it, not only whole chunks.
+        :param rest: all of it, also what waits in the spool for what is before it.
         :param last: tell the server that this was all.
         """
         await self._lock.acquire()
         try:
+            if rest:
+                if self.problem is not None:
+                    raise self.problem
+                await self._complete()
+            else:
+                # What else has come with it goes with it.
+                await self._contents.pause(0)
             if self.problem is not None:
                 raise self.problem
-            if rest:
-                await self._complete()
-            while self._ready >= (1 if rest else self._chunk):
+            while self._ready:
                 self._top_up()
                 data = bytes(memoryview(self._buffer)[: self._chunk])
                 await self._send(data, last=last and self.size == self._sent + len(data))
@@ -381,8 +405,10 @@ class Uploader:
 
     async def _send(self, data: bytes, *, last: bool) -> None:
         """One chunk, which is what the buffer begins with."""
+        # As far as is known this may be all, and then nothing more has to be said at the end.
+        whole = last or self.size == self._sent + len(data)
         if self._number == 0:
-            chunk, before = (None if last else 1), 0
+            chunk, before = (None if whole else 1), 0
         else:
             chunk, before = (-1 if last else self._number + 1), self._sent
         try:
@@ -404,7 +430,7 @@ class Uploader:
             raise self._changed()
         self.model = told
         self._number = max(1, self._number) + (chunk != 1)
-        self._unfinished = not last
+        self._unfinished = not last and chunk is not None
         self._sent = self._remote = after
         del self._buffer[: len(data)]
 

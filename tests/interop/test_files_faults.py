@@ -363,9 +363,12 @@ def test_a_name_too_long(far: Far) -> None:
         sentence = "." if far.store == "sshd" else "too long"
         with pytest.raises(OSError, match=sentence):
             client.open(f"{far.path}/{'n' * 256}", "w")
-        with client.open(f"{far.path}/{'n' * 255}", "w") as file:
+        # Jupyter writes a file by way of another one, whose name is longer by two.
+        longest = "n" * (253 if far.store == "contents" else 255)
+        with client.open(f"{far.path}/{longest}", "w") as file:
             file.write(b"x")
-    assert os.listdir(far.root) == ["n" * 255]
+    assert os.listdir(far.root) == [longest]
+    assert (far.root / longest).read_bytes() == b"x"
 
 
 def test_no_permission(gateway: GatewayHost) -> None:
