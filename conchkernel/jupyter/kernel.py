@@ -51,8 +51,8 @@ class KernelCarrier:
         self._user: CarrierUser | None = user
         self._channels: KernelChannels | None = None
         self._started: Deferred[dict[str, Any]] | None = None
-        #: Fires with whether the kernel has a relay, once it is known without the kernel's word.
-        self._stands: Deferred[bool] | None = None
+        #: Fires with the kernel's answer, or with ``None`` when its relay was quicker.
+        self._stands: Deferred[dict[str, Any] | None] | None = None
         self._keepAlive = LoopingCall(self._sayAlive)
         self._leaving: IDelayedCall | None = None
 
@@ -92,7 +92,7 @@ class KernelCarrier:
                     started.errback(LinkLost(str(violation)))
         elif self._stands is not None:
             if message[:1] == bytes([frames.LOST]) and not self._stands.called:
-                self._stands.callback(True)
+                self._stands.callback(None)
         elif self._leaving is not None and message[:1] == bytes([frames.LOST]):
             pass  # that is known, and it is too early to look for the next kernel
         elif self._user is not None:
@@ -140,8 +140,9 @@ class KernelCarrier:
         channels.on_resumed = self.resumed
         self._channels = channels
         info = channels.request("shell", "kernel_info_request", {}, patience)
-        if not (again and await self._relayStands(reactor, channels, info)):
-            await self._inject(channels, await info, patience)
+        told = await (self._unlessBusy(reactor, channels, info) if again else info)
+        if told is not None:
+            await self._inject(channels, told, patience)
         started: Deferred[dict[str, Any]] = Deferred()
         self._started = started
         started.addTimeout(START_SECONDS, reactor)
@@ -165,26 +166,23 @@ class KernelCarrier:
         self._keepAlive.clock = reactor
         self._keepAlive.start(KEEP_ALIVE_SECONDS, now=False)
 
-    async def _relayStands(
+    async def _unlessBusy(
         self, reactor: Any, channels: KernelChannels, info: Deferred[dict[str, Any]]
-    ) -> bool:
-        """Whether the kernel is busy, and has a relay from before.
+    ) -> dict[str, Any] | None:
+        """The kernel's answer; ``None`` if it is busy, and has a relay from before.
 
         A cell may run for hours, or wait in ``input()``. To inject would be to wait for its end,
         and is not needed. A relay says of itself to who is no client of it that there is no agent.
-
-        :param info: the kernel's answer to something, which nobody wants if this is so.
         """
-        stands = self._stands = Deferred()
+        stands: Deferred[dict[str, Any] | None] = Deferred()
+        self._stands = stands
         probe = reactor.callLater(BUSY_SECONDS, channels.send_carrier, [bytes([frames.LOST])])
 
-        def answered(answer: dict[str, Any] | Failure) -> Any:
+        def answered(answer: Any) -> None:
             if probe.active():
                 probe.cancel()
-            if stands.called:
-                return None
-            stands.callback(False)
-            return answer
+            if not stands.called:
+                stands.callback(answer)  # or with the failure
 
         info.addBoth(answered)
         return await stands

@@ -14,7 +14,7 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
-from conchkernel.jupyter import framing
+from conchkernel.jupyter import framing, kernel
 from conchkernel.jupyter.channels import connect_channels
 from conchkernel.jupyter.framing import Message
 
@@ -175,6 +175,22 @@ async def test_a_cell_that_runs_keeps_no_shell_waiting(gateway):
         await proves_alive(await shell(gateway))
         other.answer(asked.pop())
         await answered
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_kernel_that_holds_the_interpreters_lock(gateway, monkeypatch):
+    """Nothing in it answers; it is asked again and again, and nothing else comes of that."""
+    monkeypatch.setattr(kernel, "BUSY_SECONDS", 0.5)
+    road(gateway)._patience = 1.0
+    collector = await shell(gateway)
+    async with notebook(gateway) as other:
+        held = "import ctypes; ctypes.PyDLL(None).sleep(6)"
+        computed = Deferred.fromCoroutine(other.evaluate("1", held))
+        former = carrier(gateway)
+        former._channels.transport.abortConnection()
+        await computed
+        await until(lambda: carrier(gateway) not in (None, former))
+    await proves_alive(collector)
 
 
 @pytest_twisted.ensureDeferred
