@@ -33,16 +33,32 @@ class Authority:
     def __init__(self, directory: Path) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a private authority")])
-        extension = x509.BasicConstraints(ca=True, path_length=None)
-        certificate = self._signed(self._name, self._key.public_key(), extension)
+        usage = x509.KeyUsage(
+            digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
+            key_encipherment=False, data_encipherment=False, key_agreement=False,
+            encipher_only=False, decipher_only=False,
+        )  # fmt: skip
+        certificate = self._signed(
+            self._name,
+            self._key.public_key(),
+            (x509.BasicConstraints(ca=True, path_length=None), True),
+            (usage, True),
+            (x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), False),
+        )
         self.file = directory / "ca.pem"
         self.file.write_bytes(certificate.public_bytes(Encoding.PEM))
 
     def _signed(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, extension: x509.ExtensionType
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        *extensions: tuple[x509.ExtensionType, bool],
     ) -> x509.Certificate:
+        """One with these extensions, each critical or not, such as OpenSSL is content with that
+        takes RFC 5280 strictly, as Python does from 3.13."""
         now = datetime.datetime.now(datetime.UTC)
-        return (
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        builder = (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
@@ -50,9 +66,11 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=1))
             .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(extension, critical=False)
-            .sign(self._key, hashes.SHA256())
+            .add_extension(issuer, critical=False)
         )
+        for extension, critical in extensions:
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(self._key, hashes.SHA256())
 
     def certify(self, *names: str) -> ssl.CertificateOptions:
         """What a server needs that is called by these names and addresses."""
@@ -65,7 +83,7 @@ class Authority:
                 general.append(x509.DNSName(name))
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
         certificate = self._signed(
-            subject, key.public_key(), x509.SubjectAlternativeName(general)
+            subject, key.public_key(), (x509.SubjectAlternativeName(general), False)
         )
         pem = certificate.public_bytes(Encoding.PEM) + key.private_bytes(
             Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
