@@ -11,6 +11,7 @@ One file, standard library only, any Python from 3.8. It lives in ``sys.modules`
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import importlib
 import importlib.util
@@ -25,7 +26,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BYTES, ATTACH, ATTACHED, START, STARTED, LOST = range(6)
 MAX_MESSAGE = 256 * 1024
@@ -245,20 +249,20 @@ class Relay:
         # Big buffers come and go all the time; without this each of them is an mmap.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4194304",
                        "MALLOC_TRIM_THRESHOLD_": "4194304"}  # fmt: skip
+        message = json.dumps(given).encode()
         # Not by pipes: a child that a cell forks just then would keep them open, and have us wait.
-        with _file() as told, _file() as complaint:
-            told.write(json.dumps(given).encode())
-            told.seek(0)
+        # But a secret is never on a disk: where the system has no files in memory, a pipe it is.
+        with _in_memory(message) as told, tempfile.TemporaryFile() as complaint:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _BOOT],
-                stdin=told,
+                stdin=told or subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=complaint,
                 env=environment,
                 cwd="/",
             )
             try:
-                process.wait(20)
+                process.communicate(None if told else message, timeout=20)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -400,12 +404,18 @@ class _Client:
         self._relay.gone(self._identity, self)
 
 
-def _file() -> Any:
-    """A file without a name; in memory, where the system has such."""
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[Any]:
+    """A file without a name that is on no disk; ``None`` where the system has no such."""
     try:
-        return open(os.memfd_create("conchkernel"), "w+b")
+        file = os.fdopen(os.memfd_create("conchkernel"), "w+b")
     except (AttributeError, OSError):
-        return tempfile.TemporaryFile()
+        yield None
+        return
+    with file:
+        file.write(content)
+        file.seek(0)
+        yield file
 
 
 def _keep_large_buffers() -> None:

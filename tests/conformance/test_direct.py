@@ -268,6 +268,29 @@ async def test_a_child_forked_while_an_agent_is_started(gateway):
 
 
 @pytest_twisted.ensureDeferred
+async def test_an_agent_starts_where_there_are_no_files_in_memory(gateway):
+    """Its secret comes by a pipe then, and is in no file that the kernel makes."""
+    collector = await shell(gateway)
+    written = """
+import os, subprocess, tempfile
+given, memfd = [], os.memfd_create
+del os.memfd_create
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        given.append(kwargs["stdin"] == subprocess.PIPE)
+        super().__init__(*args, **kwargs)
+former, subprocess.Popen = subprocess.Popen, Popen
+"""
+    async with notebook(gateway) as other:
+        await other.evaluate("1", written)
+        os.kill(await agent_pid(collector), signal.SIGKILL)
+        await collector.untilClosed()
+        assert await agent_pid(await shell(gateway))
+        back = "subprocess.Popen, os.memfd_create = former, memfd"
+        assert await other.evaluate("given", back) == "[True]"
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_cells_sockets_are_left_alone(gateway):
     """They block as before while the port is lent, also with a timeout for new ones."""
     made = "import socket; one, two = socket.socketpair(); socket.setdefaulttimeout(100)"
