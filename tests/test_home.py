@@ -50,6 +50,21 @@ def test_leaving_takes_everything_away(tmp_path):
     home.leave(str(mine))
 
 
+def test_the_next_agents_socket_is_left_alone(tmp_path):
+    """Somebody has removed ours, and another agent listens in its place."""
+    mine = tmp_path / "d" / "s"
+    ours = home.listen(str(mine))
+    inode = mine.stat().st_ino
+    mine.unlink()
+    theirs = home.listen(str(mine))
+    home.leave(str(mine), inode)
+    assert mine.is_socket()
+    home.leave(str(mine), mine.stat().st_ino)
+    assert not mine.parent.exists()
+    ours.close()
+    theirs.close()
+
+
 def test_what_killed_agents_left_is_swept(tmp_path):
     """The live, the young and what only looks alike are left alone."""
     mine, dead, empty, live, young = (path(tmp_path, number) for number in range(5))

@@ -424,6 +424,7 @@ def main(given: dict[str, Any]) -> None:
     path = given["path"]
     try:
         listener = home.listen(path)
+        inode = os.lstat(path).st_ino
     except OSError as error:
         sys.stderr.write(str(error))
         sys.exit(1)
@@ -436,4 +437,4 @@ def main(given: dict[str, Any]) -> None:
     try:
         agent.run()
     finally:
-        home.leave(path)
+        home.leave(path, inode)

@@ -52,8 +52,17 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
-def leave(path: str) -> None:
-    """Take the socket and its directory away, as far as they are there."""
+def leave(path: str, inode: int | None = None) -> None:
+    """Take the socket and its directory away, as far as they are there.
+
+    :param inode: of the socket that may be taken away. Where somebody has emptied the directory for
+        temporary files, the next agent's is in the place of ours.
+    """
+    try:
+        if inode is not None and os.lstat(path).st_ino != inode:
+            return
+    except OSError:
+        pass  # it has gone already
     for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
         try:
             remove(what)
