@@ -99,6 +99,7 @@ class Endpoint:
         self._told = told
         self._last_id = 0
         self._control: deque[bytes] = deque()
+        self._control_bytes = 0
         self._small: deque[Stream] = deque()
         self._bulk: deque[Stream] = deque()
         self._unacked: deque[tuple[int, Frames]] = deque()  # end offset and payload of each message
@@ -117,10 +118,10 @@ class Endpoint:
         payload = json.dumps(parameters, ensure_ascii=False).encode("utf-8", "surrogatepass")
         if len(payload) > MAX_FRAME:
             raise ValueError(f"the request is longer than {MAX_FRAME} bytes")
+        self.control(OPEN, self._last_id + 1, payload)
         self._last_id += 1
         stream = Stream(self, self._last_id, receiver, limit=INITIAL_CREDIT, granted=0)
         self.streams[stream.id] = stream
-        self.control(OPEN, stream.id, payload)
         return stream
 
     def control(self, frame_type: int, stream_id: int, payload: bytes = b"") -> None:
@@ -129,11 +130,14 @@ class Endpoint:
         if len(self._control) >= MAX_CONTROL and frame_type != CLOSE:
             raise WireViolation("the peer asks for more than it takes answers")
         self._control.append(FRAME.pack(frame_type, 0, stream_id, len(payload)) + payload)
+        self._control_bytes += FRAME.size + len(payload)
 
     @property
     def crowded(self) -> bool:
         """More waits than anybody should still be asked for, but far from what is too much."""
-        return len(self._control) >= MAX_CONTROL >> 4
+        return (
+            len(self._control) >= MAX_CONTROL >> 4 or self._control_bytes >= MAX_UNACKED_BYTES
+        )
 
     def ping(self, now: float) -> None:
         """Queue a PING; a quick answer refreshes :attr:`rtt`. At most eight are remembered."""
@@ -179,6 +183,7 @@ class Endpoint:
                 frame = control.popleft()
                 parts.append(frame)
                 room -= len(frame)
+                self._control_bytes -= len(frame)
         if (self._small or self._bulk) and not self.blocked:
             room = self._fill(parts, self._small, room, len(self._small))
             self._fill(parts, self._bulk, room, len(self._bulk))

@@ -165,6 +165,36 @@ async def test_who_asks_without_end_is_refused(start):
 
 
 @pytest_twisted.ensureDeferred
+async def test_who_begins_without_end_is_refused(start):
+    """A command waits for the road whole, also when its channel was closed at once: some of them
+    may, and then no more. What ran before does not notice."""
+    backend = await start()
+    other = await begin(backend, b"cat")
+    use = await backend.connect("owner")
+    connect = backend.link._connect
+
+    async def nowhere(user):
+        raise LinkLost("no road")
+
+    backend.link._connect = nowhere
+    backend.carrier.transport.abortConnection()
+    await until(lambda: not backend.link.attached)
+    for _ in range(100):
+        Collector().start(use, ProcessRequest(b": " + b"x" * 100_000)).close()
+    late = Collector()
+    late.start(use, ProcessRequest(b"true"))
+    await late.untilClosed()
+    assert isinstance(late.reason, StreamRefused)
+    assert sum(map(len, backend.link._endpoint._control)) < 5_000_000
+    backend.link._connect = connect
+    other.stream.write(b"still here")
+    other.stream.writeEOF()
+    await other.untilClosed()
+    assert bytes(other.out) == b"still here"
+    assert other.exit == ExitStatus(0)
+
+
+@pytest_twisted.ensureDeferred
 async def test_streams_end_with_a_sentence_when_the_link_stays_away(start):
     """After the survival time: a reason, and no invented status."""
     backend = await start(survivalSeconds=0.3, orphanTimeout=1.0)

@@ -104,10 +104,7 @@ class KernelStream:
     def _control(self, frame_type: int, payload: bytes) -> None:
         if not self.over and self.wire is not None:
             if self._link.crowded:
-                raise StreamRefused(
-                    RefusalCode.RESOURCE_SHORTAGE,
-                    "more is asked of the kernel's host than can be sent there",
-                )
+                raise tooMuch()
             self.wire.control(frame_type, payload)
             self._link.wake()
 
@@ -184,6 +181,14 @@ class KernelStream:
     def lostSoon(self, reason: Exception | None) -> None:
         """The same, but not while our caller is still at work."""
         self._link.soon(self.lost, reason)
+
+
+def tooMuch() -> StreamRefused:
+    """What is said while so much waits for the road that no more may be asked."""
+    return StreamRefused(
+        RefusalCode.RESOURCE_SHORTAGE,
+        "more is asked of the kernel's host than can be sent there",
+    )
 
 
 class FilesStream(KernelStream):

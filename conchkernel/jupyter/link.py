@@ -31,7 +31,7 @@ from conchkernel.errors import (
 from conchkernel.interfaces import ProcessRequest
 from conchkernel.jupyter import openings
 from conchkernel.jupyter.agentfiles import AgentFileStore
-from conchkernel.jupyter.kernelstream import EVERYTHING, FilesStream, KernelStream
+from conchkernel.jupyter.kernelstream import EVERYTHING, FilesStream, KernelStream, tooMuch
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
@@ -374,6 +374,11 @@ class Link:
     def _begin(self, stream: _Stream, parameters: dict[str, Any]) -> _Stream:
         if self._state is _State.CLOSED:
             stream.lostSoon(LinkLost("the gateway is stopping"))
+            return stream
+        # An OPEN waits whole even where it was closed meanwhile. Those that answer the agent are as
+        # few as it lets wait.
+        if self.crowded and parameters["kind"] != "accepted":
+            stream.lostSoon(tooMuch())
             return stream
         try:
             stream.wire = self._endpoint.open(parameters, stream)
