@@ -19,6 +19,7 @@ from conchkernel.interfaces import (
     IListenerReceiver,
     ProcessRequest,
     PtyRequest,
+    SocketPath,
     TCPAddress,
     WindowSize,
 )
@@ -142,6 +143,22 @@ async def test_a_message_that_vanishes_is_fetched_again(start):
     await collector.untilClosed()
     assert bytes(collector.out) == b"a" * 5000 + b"b" * 5000
     assert backend.carrier is not carrier
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_message_of_very_many_pieces_is_sent(start):
+    """So many answers at once that the system would not take them piece by piece; the carrier is
+    not lost by that."""
+    backend = await start()
+    use = await backend.connect("owner")
+    carrier = backend.carrier
+    collectors = [Collector() for _ in range(1500)]
+    for collector in collectors:
+        use.openConnection(SocketPath(b"/nobody/listens/here"), collector)
+    for collector in collectors:
+        await collector.untilClosed()
+        assert isinstance(collector.reason, StreamRefused)
+    assert backend.carrier is carrier
 
 
 @pytest_twisted.ensureDeferred

@@ -23,6 +23,8 @@ _INT = struct.Struct("i")
 _ONE_SOCKET = socket.CMSG_LEN(_INT.size)
 _CLOSED_BY_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has it not
 _RECEIVE = 1024 * 1024
+#: Of one message: the system takes 1024 at once (IOV_MAX), and a copy of many small ones is cheap.
+_MAX_PARTS = 64
 #: A carrier that takes nothing holds back at most one message; the rest waits in the session.
 _SEND_BUFFER = 512 * 1024
 
@@ -61,6 +63,8 @@ class Carrier:
         if self.closed:
             return
         parts = [self._head(sum(map(len, parts))), *parts]
+        if len(parts) > _MAX_PARTS:
+            parts = [b"".join(parts)]
         if not self._unsent:
             try:
                 sent = self._socket.sendmsg(parts)
