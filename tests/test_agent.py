@@ -18,12 +18,18 @@ from twisted.internet.threads import deferToThread
 
 from conchkernel import frames
 from conchkernel.errors import StreamRefused
-from conchkernel.interfaces import ExitStatus, ProcessRequest, PtyRequest, WindowSize
+from conchkernel.interfaces import (
+    ExitStatus,
+    ProcessRequest,
+    PtyRequest,
+    TCPAddress,
+    WindowSize,
+)
 from conchkernel.jupyter import injection, link
 from conchkernel.loopback import LoopbackBackend
 
 from .collector import PATIENCE_SECONDS, Collector
-from .peers import received
+from .peers import echo, received
 
 
 @pytest.fixture
@@ -265,5 +271,44 @@ async def test_a_connection_that_cannot_be_taken_does_not_shut_the_door(monkeypa
     try:
         assert await deferToThread(speak, backend._path, attach()) == b""
         assert b"secret" in await deferToThread(speak, backend._path, attach())
+    finally:
+        await backend.stop()
+
+
+_FEW_THREADS = """
+import os, threading
+start = threading.Thread.start
+def start_or_not(thread):
+    if os.path.exists({mark!r}):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = start_or_not
+"""
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_host_without_threads_refuses_what_needs_one(tmp_path, serving):
+    """Whoever asks is told, however often; and when there are some again it is as before."""
+    mark = tmp_path / "no-threads"
+    backend = LoopbackBackend(reactor, prelude=_FEW_THREADS.format(mark=str(mark)))
+    await backend.start()
+    try:
+        use = await backend.connect("owner")
+        named = TCPAddress("localhost", serving(echo).port)
+        mark.touch()
+        for _ in range(70):
+            with pytest.raises(StreamRefused, match="no thread to spare"):
+                await use.openFiles(None, False)
+            lost = Collector()
+            use.openConnection(named, lost)
+            await lost.untilClosed()
+            assert isinstance(lost.reason, StreamRefused)
+        mark.unlink()
+        files = await use.openFiles(None, False)
+        await files.stat(b"/")
+        collector = Collector()
+        use.openConnection(named, collector).grant(1000)
+        await collector.until(lambda: collector.opened is not None)
+        use.release()
     finally:
         await backend.stop()

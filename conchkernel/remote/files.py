@@ -87,13 +87,18 @@ class FileService(Service):
         if FileService.running >= MAX_SERVICES:
             raise CannotServe("the agent serves files to too many already")
         operations = _operations(parameters, agent.options)
+        try:
+            # It waits for requests, and for leave to answer them.
+            _Worker(self._exchange, operations, self._wake).start()
+        except RuntimeError:
+            operations.close()
+            raise CannotServe("the kernel's host has no thread to spare") from None
         info = {"home": operations.home.decode("latin-1"), "features": FEATURES}
         stream.control(frames.OPENED, json.dumps(info).encode())
         FileService.running += 1
         stream.floor = wirestream.CAP_FLOOR_OF_FILES
         self._grant()
         self._look()
-        _Worker(self._exchange, operations, self._wake).start()
 
     def _wake(self) -> None:
         """On the thread: have :meth:`_collect` called by the loop."""

@@ -10,6 +10,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from conchkernel.remote.service import CannotServe
+
 #: Calls that wait at the same time; a name server that is gone keeps each for some ten seconds.
 MAX_THREADS = 16
 
@@ -31,14 +33,25 @@ class Pool:
 
         ``work`` must not raise, and keeps its result where ``then`` finds it. There is one call
         for each stream at most, so the session's bound on streams is that of the queue.
+
+        :raises CannotServe: if there is no thread for it, nor one to be had.
         """
+        call = work, then
         with self._lock:
-            self._calls.append((work, then))
+            self._calls.append(call)
             if self._threads >= MAX_THREADS:
                 return
             self._threads += 1
-        # A daemon: what hangs in a system call does not keep the agent.
-        threading.Thread(target=self._serve, daemon=True).start()
+        try:
+            # A daemon: what hangs in a system call does not keep the agent.
+            threading.Thread(target=self._serve, daemon=True).start()
+        except RuntimeError:
+            with self._lock:
+                self._threads -= 1
+                if self._threads:
+                    return  # those that there are come to it
+                self._calls.remove(call)
+            raise CannotServe("the kernel's host has no thread to spare") from None
 
     def _serve(self) -> None:
         while True:
