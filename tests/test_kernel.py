@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from conchkernel import frames
-from conchkernel.errors import JupyterError, LinkLost
+from conchkernel.errors import JupyterError, JupyterUnreachable, LinkLost
 from conchkernel.jupyter.kernel import ENDING_SECONDS, KernelCarrier, KernelRoad
 from conchkernel.jupyter.rest import KernelModel
 
@@ -23,6 +24,7 @@ class Server:
 
     def __init__(self, *, takesIds: bool) -> None:
         self.takesIds = takesIds
+        self.isThere = True
         self.kernels: set[str] = set()
         self.answers: list[Deferred[None]] = []
 
@@ -33,6 +35,7 @@ class Server:
 
     async def kernel(self, kernelId: str) -> KernelModel | None:
         """Whether there is such a kernel."""
+        self._mustBeThere()
         return KernelModel(kernelId, "python3") if kernelId in self.kernels else None
 
     async def create_kernel(self, name: str | None, kernelId: str) -> KernelModel:
@@ -48,21 +51,24 @@ class Server:
         await self._answer()
         return KernelModel("s", "python3", "session")
 
+    def _mustBeThere(self) -> None:
+        if not self.isThere:
+            raise JupyterUnreachable("nothing listens there")
+
     async def delete_kernel(self, kernelId: str) -> None:
         """At once."""
+        self._mustBeThere()
         self.kernels.discard(kernelId)
 
     async def delete_session(self, session: str) -> None:
         """At once, with its kernel."""
+        self._mustBeThere()
         self.kernels.discard("s")
 
 
-@pytest.mark.parametrize(("takesIds", "answers"), [(True, 0), (False, 0), (False, 1)])
-@pytest_twisted.ensureDeferred
-async def test_a_stop_while_a_kernel_is_started_leaves_none(tmp_path, takesIds, answers):
-    """The request is on its way; its answer is waited for, since it tells what to delete."""
-    server = Server(takesIds=takesIds)
-    road = KernelRoad(
+def roadTo(server: Server, memory: Path) -> KernelRoad:
+    """A road that finds its kernel by ``memory``."""
+    return KernelRoad(
         Clock(),
         server,
         kernelId=WANTED,
@@ -70,9 +76,17 @@ async def test_a_stop_while_a_kernel_is_started_leaves_none(tmp_path, takesIds, 
         agentId="0" * 16,
         secret="",
         orphanTimeout=1.0,
-        memory=tmp_path / "kernel",
+        memory=memory,
         creation=nullcontext(),
     )
+
+
+@pytest.mark.parametrize(("takesIds", "answers"), [(True, 0), (False, 0), (False, 1)])
+@pytest_twisted.ensureDeferred
+async def test_a_stop_while_a_kernel_is_started_leaves_none(tmp_path, takesIds, answers):
+    """The request is on its way; its answer is waited for, since it tells what to delete."""
+    server = Server(takesIds=takesIds)
+    road = roadTo(server, tmp_path / "kernel")
     carrying = Deferred.fromCoroutine(road.carry(None))
     for _ in range(answers):
         server.answers.pop(0).callback(None)
@@ -87,6 +101,25 @@ async def test_a_stop_while_a_kernel_is_started_leaves_none(tmp_path, takesIds, 
             answer.callback(None)
     await removing
     assert not server.kernels
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_kernel_is_remembered_until_it_is_gone(tmp_path):
+    """A server that is away when a gateway comes, and still when it gives up, keeps the kernel of
+    the one before: whoever comes next knows of it."""
+    server = Server(takesIds=False)
+    server.kernels.add("s")
+    memory = tmp_path / "kernel"
+    memory.write_text("s session\n")
+    server.isThere = False
+    road = roadTo(server, memory)
+    for attempt in (road.carry(None), road.remove()):
+        with pytest.raises(JupyterUnreachable):
+            await attempt
+    server.isThere = True
+    await roadTo(server, memory).remove()
+    assert not server.kernels
+    assert not memory.exists()
 
 
 def test_a_kernel_that_ends_is_let_end() -> None:

@@ -363,11 +363,14 @@ class KernelRoad:
         await self._created()
         kernel, self._kernel = self._kernel, None
         session, self._sessionId = self._sessionId, None
-        try:
-            self._memory.unlink(missing_ok=True)
-        except OSError as error:
-            self._log.warn("a kernel's id cannot be forgotten: {error}", error=str(error))
+        if kernel is None:
+            # It was not found again; the server may not have been there.
+            kernel, session = self._remembered()
         if session is not None:
             await self._client.delete_session(session)
         elif kernel is not None:
             await self._client.delete_kernel(kernel)
+        try:
+            self._memory.unlink(missing_ok=True)
+        except OSError as error:
+            self._log.warn("a kernel's id cannot be forgotten: {error}", error=str(error))
