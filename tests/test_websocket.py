@@ -124,9 +124,9 @@ def test_fragments(sizes: list[int], binary: bool, cut: int) -> None:
         frame(b"x" * 126, 0x89),
         frame(b"x", 0x09),
         frame(b"x", 0x88),
-        b"\x82\x7f" + (2**63 - 1).to_bytes(8, "big"),
+        b"\x82\x7f" + (2**63).to_bytes(8, "big"),
         b"\x82\x7f" + (2**64 - 1).to_bytes(8, "big"),
-        b"\x82\x7f" + (websocket.MAX_MESSAGE_BYTES + 1).to_bytes(8, "big"),
+        b"\x89\x7f" + (2**32).to_bytes(8, "big"),
     ],
 )
 def test_hostileFrames(stream: bytes) -> None:
@@ -137,14 +137,28 @@ def test_hostileFrames(stream: bytes) -> None:
     assert protocol.messages == []
 
 
-def test_endlessFragments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound holds for a message in parts too."""
+@pytest.mark.parametrize("cut", [1, 7, 999, 10_000])
+@pytest.mark.parametrize(
+    "long",
+    [
+        frame(b"x" * 1001),
+        frame(b"x" * 70_000, 0x81),
+        frame(b"x" * 600, 2) + frame(b"x" * 600, 0x80),
+        frame(b"x" * 5000, 2) + frame(b"", 0) + frame(b"ping", 0x89) + frame(b"y", 0x80),
+        frame(b"x", 2) + frame(b"x" * 5000, 0x80),
+    ],
+)
+def test_tooLong(monkeypatch: pytest.MonkeyPatch, long: bytes, cut: int) -> None:
+    """A message that is too long to be ours is passed over, and not kept meanwhile."""
     monkeypatch.setattr(websocket, "MAX_MESSAGE_BYTES", 1000)
     protocol = Recorder()
-    protocol.dataReceived(frame(b"x" * 600, 2))
+    stream = long + frame(b"after")
+    for start in range(0, len(stream), cut):
+        protocol.dataReceived(stream[start : start + cut])
+        assert sum(map(len, protocol._pieces)) <= cut + 1010
+        assert sum(map(len, protocol._fragments)) <= 1000
+    assert protocol.messages == [(b"after", True)]
     assert not protocol.failed
-    protocol.dataReceived(frame(b"x" * 600, 0))
-    assert protocol.failed
 
 
 def test_nothingAfterClose() -> None:

@@ -28,8 +28,9 @@ except ImportError:  # no compiled Autobahn for this platform
 if TYPE_CHECKING:
     from conchkernel.jupyter.framing import Part
 
-#: One message, received. The relay's are below 300 KiB; a cell's reply may be larger.
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+#: One message, received. Ours are far below; what a cell shows may be of any length, and is passed
+#: over as it comes where it is longer.
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 #: The head of a server's answer to the handshake (tornado allows itself 64 KiB).
 MAX_HANDSHAKE_BYTES = 64 * 1024
 #: Pieces of one frame that are kept before they are joined, so that a frame that comes byte by byte
@@ -114,6 +115,7 @@ class ShortPathWebSocket(WebSocketClientProtocol):
         self._pieces: list[bytes | memoryview] = []
         self._have = 0
         self._needed = 2
+        self._passing = 0  # bytes still to come of a frame that is too long
         self._fragments: list[bytes] = []
         self._fragmentsSize = 0
         self._fragmentsBinary = False
@@ -170,6 +172,10 @@ class ShortPathWebSocket(WebSocketClientProtocol):
     # --- frames ------------------------------------------------------------------------------
 
     def _readFrames(self, data: bytes) -> None:
+        if self._passing:
+            passed = min(self._passing, len(data))
+            self._passing -= passed
+            data = data[passed:]
         if self._pieces:
             self._pieces.append(data)
             self._have += len(data)
@@ -200,8 +206,12 @@ class ShortPathWebSocket(WebSocketClientProtocol):
                 unpack = _uint16 if size == 126 else _uint64
                 (size,) = unpack.unpack_from(data, position + 2)
                 if size > MAX_MESSAGE_BYTES:
-                    self._max_message_size_exceeded(size, MAX_MESSAGE_BYTES, "message too long")
-                    return
+                    if not self._otherFrame(first, b"", size):
+                        return
+                    start = position + head
+                    position = min(start + size, end)
+                    self._passing = start + size - position
+                    continue
             needed = head + size
             if left < needed:
                 break
@@ -209,7 +219,7 @@ class ShortPathWebSocket(WebSocketClientProtocol):
             position = start + size
             if first in (_BINARY, _TEXT) and not self._fragments:
                 self.messageReceived(data, start, position, first == _BINARY)
-            elif not self._otherFrame(first, data[start:position]):
+            elif not self._otherFrame(first, data[start:position], size):
                 return
             if self.state == self.STATE_CLOSED:
                 return
@@ -218,17 +228,20 @@ class ShortPathWebSocket(WebSocketClientProtocol):
         self._have = left
         self._needed = needed
 
-    def _otherFrame(self, first: int, payload: bytes) -> bool:
-        """A control frame or a part of a message.
+    def _otherFrame(self, first: int, payload: bytes, size: int) -> bool:
+        """A control frame, a part of a message, or one that is too long.
 
+        :param payload: empty where it is too long.
         :returns: whether to go on reading.
         """
         opcode = first & 0x0F
         final = first & 0x80
         if first & 0x70:
             self._protocol_violation("reserved bits are set and no extension was agreed")
+        elif size >> 63:
+            self._protocol_violation("impossible length")
         elif opcode in (8, 9, 10):
-            if not final or len(payload) > 125 or (opcode == 8 and len(payload) == 1):
+            if not final or size > 125 or (opcode == 8 and size == 1):
                 self._protocol_violation("impossible control frame")
                 return False
             self.current_frame = FrameHeader(opcode, True, 0, len(payload), None)
@@ -239,27 +252,26 @@ class ShortPathWebSocket(WebSocketClientProtocol):
         elif opcode > 2 or (opcode == 0) != bool(self._fragments):
             self._protocol_violation("impossible data frame")
         else:
-            return self._fragment(opcode, bool(final), payload)
+            self._fragment(opcode, bool(final), payload, size)
+            return True
         return False
 
-    def _fragment(self, opcode: int, final: bool, payload: bytes) -> bool:
+    def _fragment(self, opcode: int, final: bool, payload: bytes, size: int) -> None:
         if opcode:
             self._fragmentsBinary = opcode == 2
             self._fragmentsSize = 0
         self._fragments.append(payload)
-        self._fragmentsSize += len(payload)
-        if self._fragmentsSize > MAX_MESSAGE_BYTES:
-            self._max_message_size_exceeded(
-                self._fragmentsSize, MAX_MESSAGE_BYTES, "message too long"
-            )
-            return False
-        if len(self._fragments) > _MAX_PIECES:
+        self._fragmentsSize += size
+        isTooLong = self._fragmentsSize > MAX_MESSAGE_BYTES
+        if isTooLong:
+            self._fragments = [b""]
+        elif len(self._fragments) > _MAX_PIECES:
             self._fragments = [b"".join(self._fragments)]
         if final:
             message = b"".join(self._fragments)
             self._fragments = []
-            self.messageReceived(message, 0, len(message), self._fragmentsBinary)
-        return True
+            if not isTooLong:
+                self.messageReceived(message, 0, len(message), self._fragmentsBinary)
 
 
 def transport_of(protocol: Any) -> Any:
