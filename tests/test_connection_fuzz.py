@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conchkernel.avatars import KernelAvatar
 from conchkernel.errors import LinkLost
 from conchkernel.interfaces import ExitStatus
-from conchkernel.ssh.channel import CREDIT_CAP_BYTES, LOCAL_WINDOW_BYTES
+from conchkernel.ssh.channel import CREDIT_CAP_BYTES, LOCAL_WINDOW_BYTES, GatewayChannel
 from conchkernel.ssh.fields import string
 from conchkernel.testing import MemoryBackend, MemoryClient, MemoryStream
 
@@ -122,11 +122,26 @@ def happen(event: str, client: MemoryClient, backend: MemoryBackend) -> None:
                 stream.end(ExitStatus(1))
 
 
+def leftAfterTheEnd(client: MemoryClient, backend: MemoryBackend) -> list[GatewayChannel]:
+    """Let all that is open come to its end; the channels that do not."""
+    client.resume()
+    while backend.waiting:
+        backend.answer()
+    channels = [one for one in client.connection.channels.values() if one.remoteId >= 0]
+    for channel in channels:
+        client.receive(97, struct.pack(">L", channel.id))
+    for stream in [one for link in backend.links for one in link.streams]:
+        stream.take()
+        stream.end(ExitStatus(1))
+    return [one for one in channels if one.id in client.connection.channels]
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.one_of(sane, sane, sane, events, events, garbage), max_size=50), st.booleans())
 @example([(90, string(b"session") + struct.pack(">3L", 0, 0, 2**32 - 1)), (98, b"\0" * 4)], False)
 def test_anyConversation(steps: list[tuple[int, bytes] | str], slow: bool) -> None:
-    """No step raises, logs a failure, or has more held than the bounds allow."""
+    """No step raises, logs a failure, or has more held than the bounds allow; and when client and
+    programs are done no channel is left."""
     backend = MemoryBackend(lambda stream: stream.opened())
     backend.slow = slow
     client = PlainClient(KernelAvatar(backend, "joe"))
@@ -141,6 +156,8 @@ def test_anyConversation(steps: list[tuple[int, bytes] | str], slow: bool) -> No
         for channel in client.connection.channels.values():
             assert channel.bufferedBytes <= CREDIT_CAP_BYTES + 1000
             assert len(channel._early) <= LOCAL_WINDOW_BYTES
+    if client.disconnected is None:
+        assert not leftAfterTheEnd(client, backend)
     client.lose()
     assert all(link.released for link in backend.links)
     assert all(listener.closed for link in backend.links for listener in link.listeners)

@@ -157,6 +157,21 @@ def test_whatAClientSentBeforeItsCloseStillArrives(rig: Rig) -> None:
 
 
 def test_nothingIsTakenThatTheConnectionDoesNotTake(rig: Rig) -> None:
+def test_aChannelClosesThoughMoreWaitsThanItsWindow(rig: Rig) -> None:
+    """What the other side had sent to its end is in nobody's way when the client has closed."""
+    channel = rig.client.open(b"direct-tcpip", window=1000, data=direct())
+    stream = rig.link.streams[0]
+    stream.opened()
+    stream.put(b"z" * 5000)
+    stream.putEOF()
+    assert len(channel.output) == 1000
+    rig.client.close(channel)
+    stream.end(None)
+    assert len(channel.output) == 1000
+    assert channel.closed
+    assert not rig.client.connection.channels
+
+
     """The window is given back as the far side takes bytes, and the client may send no more."""
     channel, stream = rig.open()
     rig.client.write(channel, b"x" * LOCAL_WINDOW_BYTES)

@@ -321,6 +321,18 @@ def test_endOfWriting(rig: Rig) -> None:
     ]
 
 
+def test_endOfWritingAfterTheProcess(rig: Rig) -> None:
+    """What waits is dropped also when it is all there is, and what follows it comes at once."""
+    channel = rig.client.execute(b"command", window=10)
+    rig.stream.opened()
+    rig.stream.put(b"y" * 1000)
+    rig.stream.end(ExitStatus(3))
+    assert channel.events[-1] == "data"
+    rig.client.request(channel, b"eow@openssh.com", reply=False)
+    assert channel.output == b"y" * 10
+    assert channel.events[-3:] == ["eof", ("exit-status", b"\0\0\0\3"), "close"]
+
+
 def test_endOfWritingBeforeTheProcess(rig: Rig) -> None:
     """A client that loses interest while the kernel starts still learns how it ended."""
     channel = rig.client.open()

@@ -276,14 +276,16 @@ class GatewayChannel(SSHChannel):
         self.conn.sendClose(self)
 
     def discardOutput(self) -> None:
-        """The client wants no more output: what waits and what still comes is dropped."""
-        if self._outgoing:
-            return
-        self._outgoing = Outgoing.DISCARDING
-        dropped = sum(len(data) for kind, data in self._queue if kind >= 0) - self._offset
+        """The client wants no more output: what waits and what still comes is dropped.
+
+        What follows it (EOF, a status, CLOSE) needs no window, and goes.
+        """
+        self._outgoing = max(self._outgoing, Outgoing.DISCARDING)
+        self._handed += self.bufferedBytes
         self._queue = deque(entry for entry in self._queue if entry[0] < 0)
         self._offset = 0
-        self._handed += dropped
+        if self._queue:
+            self.outlet.schedule(self, False)
         self.credit()
 
     @property

@@ -92,6 +92,28 @@ def test_each_side_may_end_first(host: Host, serving: Serving, tmp_path: Path) -
     assert heard == [BULK]
 
 
+def test_a_reader_that_leaves_early(gateway: GatewayHost, serving: Serving, tmp_path: Path) -> None:
+    """All has come and ended over there, and the client's side goes without having read it: its
+    channel closes, so that ssh can end."""
+    heard = []
+
+    def sends(connection: socket.socket) -> None:
+        # More than a client's window, and the end of it.
+        connection.sendall(BULK[:2_750_000])
+        connection.shutdown(socket.SHUT_WR)
+        heard.append(received(connection))
+
+    local = tmp_path / "local"
+    with gateway.started(f"-L{local}:127.0.0.1:{serving(sends).port}", "cat") as client:
+        until(local.exists, "the client listens")
+        with dial(local):
+            gateway.road().until_quiet()
+        assert client.stdin is not None
+        client.stdin.close()
+        assert client.wait(PATIENCE) == 0
+    until(lambda: heard, "the other side has been told")
+
+
 def test_stdin_and_stdout(host: Host, serving: Serving) -> None:
     """``-W``: the client is the connection, to its end."""
     ran = host.ssh(f"-W127.0.0.1:{serving(answer).port}", given=BULK)
