@@ -21,7 +21,8 @@ from twisted.logger import Logger
 from zope.interface import Interface, implementer
 
 from conchkernel.errors import JupyterError
-from conchkernel.ssh.channel import ChannelRefused, GatewayChannel, printable
+from conchkernel.ssh.channel import ChannelRefused, GatewayChannel
+from conchkernel.ssh.fields import printable
 from conchkernel.ssh.forwarding import Forwarding
 from conchkernel.ssh.permissions import Permissions
 from conchkernel.ssh.sessions import ACCEPT_ENV, SessionChannel, Subsystem

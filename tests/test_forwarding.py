@@ -113,6 +113,7 @@ def test_aUnixSocketIsReached(rig: Rig) -> None:
         (b"direct-tcpip", direct(port=65536)),
         (b"direct-tcpip", direct(b"\xff\xfe")),
         (b"direct-tcpip", direct(b"a\0b")),
+        (b"direct-tcpip", direct(b"\x1b[2Jsees the operator's terminal")),
         (b"direct-tcpip", direct(b"h" * 2000)),
         (b"direct-streamlocal@openssh.com", string(b"relative") + string(b"") + b"\0\0\0\0"),
         (b"direct-streamlocal@openssh.com", string(b"/a\0b") + string(b"") + b"\0\0\0\0"),

@@ -771,7 +771,7 @@ def test_goneWhileDelayed() -> None:
 
 
 def test_noSecretsInTheLog() -> None:
-    """What was typed, right or wrong, is in no log line; the name is, without control codes."""
+    """What was typed, right or wrong, is in no log line; names are, without control codes."""
     lines: list[str] = []
 
     def observe(event: Any) -> None:
@@ -781,6 +781,7 @@ def test_noSecretsInTheLog() -> None:
     try:
         raw = client()
         raw.password(b"hunter2", b"\x1b[2Jjoe")
+        raw.auth(b"\x1b[2J\rmagic")
         raw.auth(b"keyboard-interactive", ASK)
         raw.clock.advance(1)
         raw.send(61, b"\0\0\0\1" + string(b"hunter3"))
@@ -792,7 +793,9 @@ def test_noSecretsInTheLog() -> None:
     assert "joe" in text
     assert "hunter" not in text
     assert "'tok'" not in text
+    assert "magic" in text
     assert "\x1b" not in text
+    assert "\r" not in text
 
 
 def test_theFailureListIsWellFormed() -> None:

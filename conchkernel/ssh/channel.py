@@ -74,11 +74,6 @@ class ChannelRefused(ConchKernelError):
         self.code = code
 
 
-def printable(name: bytes) -> str:
-    """A peer's name for the log or for a sentence: never raises, and is not too long."""
-    return name[:64].decode("ascii", "backslashreplace")
-
-
 class Outgoing(enum.IntEnum):
     """What may still be queued towards the client. Only ever goes up; ``OPEN`` alone is false."""
 

@@ -45,9 +45,8 @@ from conchkernel.ssh.channel import (
     MAX_WINDOW,
     ChannelRefused,
     GatewayChannel,
-    printable,
 )
-from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, string
+from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, printable, string
 from conchkernel.ssh.globalrequests import GlobalRequests, KeepAlive
 from conchkernel.ssh.outlet import Outlet
 

@@ -98,6 +98,11 @@ class Fields:
             raise ProtocolError(f"bytes after the end of {self._message}")
 
 
+def printable(name: bytes) -> str:
+    """A peer's name for the log or for a sentence: ASCII that moves no cursor, and not too long."""
+    return name[:64].decode("latin-1").encode("unicode_escape").decode("ascii")
+
+
 def string(data: bytes) -> bytes:
     """``data`` with its length before it."""
     return _uint32.pack(len(data)) + data

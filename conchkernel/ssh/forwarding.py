@@ -26,8 +26,8 @@ from conchkernel.interfaces import (
     SocketPath,
     TCPAddress,
 )
-from conchkernel.ssh.channel import LOCAL_WINDOW_BYTES, ChannelRefused, GatewayChannel, printable
-from conchkernel.ssh.fields import Fields, string
+from conchkernel.ssh.channel import LOCAL_WINDOW_BYTES, ChannelRefused, GatewayChannel
+from conchkernel.ssh.fields import Fields, printable, string
 from conchkernel.ssh.permissions import GatewayPorts, Permissions
 from conchkernel.ssh.tunnels import AcceptedChannel, DirectChannel, shareBeside
 
@@ -360,9 +360,10 @@ def _host(data: bytes) -> str | None:
     if len(data) > _MAX_HOST_BYTES or b"\0" in data:
         return None
     try:
-        return data.decode("utf-8")
+        host = data.decode("utf-8")
     except UnicodeDecodeError:
         return None
+    return host if host.isprintable() else None
 
 
 def _isPath(path: bytes) -> bool:

@@ -18,8 +18,7 @@ from conchkernel.errors import ConchKernelError
 from conchkernel.files import BYTES_UNDER_WAY
 from conchkernel.interfaces import ExitStatus
 from conchkernel.ssh import sftp_packets as packets
-from conchkernel.ssh.channel import printable
-from conchkernel.ssh.fields import ProtocolError
+from conchkernel.ssh.fields import ProtocolError, printable
 from conchkernel.ssh.sftp_answers import Answers
 from conchkernel.ssh.sftp_handles import Handles
 from conchkernel.ssh.sftp_order import Mode, Order, Task, place

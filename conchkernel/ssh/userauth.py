@@ -39,7 +39,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from conchkernel.ssh import userkeys
-from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, names, string
+from conchkernel.ssh.fields import DisconnectCode, Fields, ProtocolError, names, printable, string
 from conchkernel.ssh.userkeys import KeyRefused
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ class GatewayUserAuth(SSHUserAuthServer):
         self._log.info(
             "{peer}: {method} for {user!r} refused, {why}",
             peer=self.transport.peerName(),
-            method=request.method[:64].decode("ascii", "backslashreplace"),
+            method=printable(request.method),
             user=request.user[:64].decode("utf-8", "backslashreplace"),
             why=why,
         )
