@@ -130,7 +130,6 @@ _PENALTIES = {
     "noauth": "noauth",
     "grace-exceeded": "graceExceeded",
     "crash": "crash",
-    "refuseconnection": "refuseconnection",
     "min": "min",
     "max": "max",
 }

@@ -161,6 +161,22 @@ def test_guessersArePunished() -> None:
     assert refusal(another(raw, "127.0.0.3")) is None
 
 
+def test_knockingWhileRefusedIsNoOffence() -> None:
+    """A client that tries again and again is let in when its time is over, and not kept out by
+    having tried."""
+    raw = RawClient(NOBODY)
+    raw.factory.penalties.punish("127.0.0.2", Offence.CRASH, 0)
+    answers = []
+    for _ in range(20):
+        knocking = another(raw)
+        answers.append(refusal(knocking))
+        knocking.drop()
+        raw.clock.advance(5)
+    # 90 seconds wear off, of which the last 15 refuse nobody.
+    assert answers[:16] == [(12, b"too many offences from this address")] * 16
+    assert answers[16:] == [None] * 4
+
+
 def test_whoOnlyLooksIsNotPunished() -> None:
     """A balancer that looks every second whether the port is open may go on."""
     raw = RawClient(NOBODY)

@@ -25,7 +25,6 @@ class Offence(enum.Enum):
     NO_AUTH = "noauth"
     GRACE_EXCEEDED = "grace-exceeded"
     CRASH = "crash"
-    REFUSED = "refuseconnection"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,6 @@ class PenaltyRules:
     """LoginGraceTime ran out."""
     crash: float = 90
     """The connection broke our code, as an exploit would."""
-    refuseconnection: float = 10
-    """A connection came while refused."""
     min: float = 15
     """A source is refused only when its penalties have summed up to this."""
     max: float = 600
@@ -58,7 +55,6 @@ class PenaltyRules:
             Offence.NO_AUTH: self.noauth,
             Offence.GRACE_EXCEEDED: self.graceExceeded,
             Offence.CRASH: self.crash,
-            Offence.REFUSED: self.refuseconnection,
         }[offence]
 
 

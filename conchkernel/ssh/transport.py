@@ -343,7 +343,6 @@ class GatewayTransport(OutgoingPackets):
         if not self._exchange.keyed:
             refusal = self.factory.refusal(self)
             if refusal is not None:
-                self._offence = Offence.REFUSED
                 self._endWith(DisconnectCode.TOO_MANY_CONNECTIONS, refusal.encode("ascii"))
                 return
         answer = self._exchange.received_init(packet, self._inbound.packets)
