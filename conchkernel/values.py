@@ -74,21 +74,27 @@ def oneOf(*words: str) -> Callable[[str], str]:
     return judge
 
 
-def _scaled(units: dict[str, int], what: str) -> Callable[[str], float]:
-    """Numbers with a unit behind them, as sshd_config(5) has them: ``90``, ``2m``, ``1G``."""
-
-    def judge(text: str) -> float:
-        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
-        unit = units.get(match[2].lower()) if match else None
-        if match is None or unit is None:
-            raise ValueError(f"{text!r} is not {what}")
-        return float(match[1]) * unit
-
-    return judge
+_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,6})?"
+_TIME = re.compile(rf"(?:{_NUMBER}[smhdw])*{_NUMBER}[smhdw]?", re.IGNORECASE)
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_SIZE = re.compile(rf"({_NUMBER})([kmg]?)", re.IGNORECASE)
+_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
-seconds = _scaled({"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}, "a time such as 90 or 2m")
-size = _scaled({"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}, "a size such as 512M or 1G")
+def seconds(text: str) -> float:
+    """A time as sshd_config(5) has them: ``90``, ``2m``, ``1h30m``."""
+    if not _TIME.fullmatch(text):
+        raise ValueError(f"{text!r} is not a time such as 90, 2m or 1h30m")
+    parts = re.findall(rf"({_NUMBER})([smhdw]?)", text.lower())
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def size(text: str) -> float:
+    """A size as sshd_config(5) has them: ``512M``, ``1G``."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 512M or 1G")
+    return float(match[1]) * _BYTES[match[2].lower()]
 
 
 def startups(text: str) -> tuple[int, int, int]:
@@ -102,11 +108,13 @@ def startups(text: str) -> tuple[int, int, int]:
 
 
 def rekey(text: str) -> tuple[int, float]:
-    """RekeyLimit: a size and perhaps a time."""
+    """RekeyLimit: a size and perhaps a time; ``default`` and ``none`` are ours and no limit."""
     first, _, time = text.partition(" ")
-    most = int(size(first))
+    most = Limits().rekeyLimitBytes if first == "default" else int(size(first))
     if most < 1 << 20:
         raise ValueError(f"{first!r} is less than 1M")
+    if time == "none":
+        return most, 0
     return most, seconds(time) if time else Limits().rekeyLimitSeconds
 
 

@@ -104,6 +104,32 @@ def test_limitsBySshdsNames() -> None:
     assert limits.maxSessions == Limits().maxSessions
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", 90), ("600s", 600), ("10m", 600), ("1h30m", 5400), ("1H30", 3630), ("2w", 1209600),
+        ("0", 0),
+    ],
+)  # fmt: skip
+def test_timesAsSshdHasThem(text: str, expected: float) -> None:
+    """TIME FORMATS of sshd_config(5): a sum of numbers with units."""
+    limits = parse("--jupyter-url", URL, "--login-grace-time", text).limits()
+    assert limits.loginGraceTime == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("64m", (64 << 20, 3600)), ("default none", (1 << 30, 0)), ("2G none", (2 << 30, 0)),
+        ("default 1h30m", (1 << 30, 5400)),
+    ],
+)  # fmt: skip
+def test_rekeyLimitAsSshdHasIt(text: str, expected: tuple[int, float]) -> None:
+    """A size or ``default``, and a time or ``none``; the time is ours where it is left out."""
+    limits = parse("--jupyter-url", URL, "--rekey-limit", text).limits()
+    assert (limits.rekeyLimitBytes, limits.rekeyLimitSeconds) == expected
+
+
 def test_penaltiesBySshdsNames() -> None:
     """On or off, or times by name; addresses are networks."""
     options = parse(
@@ -201,6 +227,8 @@ def test_whatTheFactoryIsNotTold(
         (["--jupyter-url", URL, "--orphan-timeout", "-1"], "--orphan-timeout: '-1'"),
         (["--jupyter-url", URL, "--orphan-timeout", "nan"], "--orphan-timeout: 'nan'"),
         (["--jupyter-url", URL, "--login-grace-time", "soon"], "--login-grace-time: 'soon'"),
+        (["--jupyter-url", URL, "--login-grace-time", "1m30x"], "--login-grace-time: '1m30x'"),
+        (["--jupyter-url", URL, "--login-grace-time", ""], "--login-grace-time: ''"),
         (["--jupyter-url", URL, "--max-sessions", "0"], "--max-sessions: '0'"),
         (["--jupyter-url", URL, "--max-startups", "9:0:9"], "--max-startups: '9:0:9'"),
         (["--jupyter-url", URL, "--rekey-limit", "1K"], "--rekey-limit: '1K'"),
