@@ -55,11 +55,15 @@ PROBLEMS: dict[int, FileProblem] = {
 #: Entries of a directory that are looked at in one go, each with an lstat.
 _LISTED_AT_ONCE = 200
 _COPIED_AT_ONCE = 8 * 1024 * 1024
+#: An owner, or group, that chown(2) leaves as it is.
+_UNCHANGED = 0xFFFFFFFF
 _NO_SEEK = (errno.EINVAL, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 
 
-def problemOf(error: OSError) -> FileStoreError:
-    """What a system call said."""
+def problemOf(error: OSError | OverflowError) -> FileStoreError:
+    """What a system call said, or would say to a number that it cannot be given."""
+    if isinstance(error, OverflowError):
+        return FileStoreError(FileProblem.INVALID, "a number that is too large")
     problem = PROBLEMS.get(error.errno or 0, FileProblem.FAILURE)
     return FileStoreError(problem, error.strerror or problem.value)
 
@@ -68,12 +72,12 @@ def _now(call: Callable[..., _T], *arguments: Any) -> Deferred[_T]:
     """The result of a system call, or what it says."""
     try:
         return succeed(call(*arguments))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         return fail(problemOf(error))
 
 
 def _told(reason: Failure) -> Any:
-    reason.trap(OSError)
+    reason.trap(OSError, OverflowError)
     raise problemOf(reason.value)  # type: ignore[arg-type]
 
 
@@ -120,7 +124,9 @@ def _change(target: bytes | int, attributes: Attributes, follow: bool) -> None:
             raise OSError(errno.EINVAL, "a link has no size to set")
         os.truncate(target, attributes.size)
     if attributes.uid is not None and attributes.gid is not None:
-        os.chown(target, attributes.uid, attributes.gid, **options)
+        wanted = (attributes.uid, attributes.gid)
+        owner, group = (-1 if one == _UNCHANGED else one for one in wanted)
+        os.chown(target, owner, group, **options)
     if attributes.mode is not None:
         try:
             os.chmod(target, attributes.mode & 0o7777, **options)
@@ -151,7 +157,7 @@ class LocalFile:
     def read(self, offset: int, length: int) -> bytes:
         try:
             return os.pread(self.descriptor, length, offset)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise problemOf(error) from None
 
     def write(self, offset: int, data: bytes) -> None:
@@ -159,7 +165,7 @@ class LocalFile:
             written = os.pwrite(self.descriptor, data, offset)
             while written < len(data):
                 written += os.pwrite(self.descriptor, data[written:], offset + written)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise problemOf(error) from None
 
     def stat(self) -> Deferred[Attributes]:

@@ -308,3 +308,30 @@ async def test_pipesDoNotBlock(tmp_path: Path) -> None:
     await file.close()
     assert (await problem(store.open(at(store, b"fifo"), W, NONE))).among(FileProblem.FAILURE)
     await store.close()
+
+
+@pytest.mark.parametrize("threads", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_numbersThatTheSystemDoesNotHave(threads: bool, tmp_path: Path) -> None:
+    """SFTP's numbers have more bits than the system's: such a one is refused, and is no failure
+    of ours."""
+    store = DirectoryFileStore(tmp_path, reactor if threads else None)
+    path = os.fsencode(tmp_path / "file")
+    file = await store.open(path, R | NEW, NONE)
+    before = os.stat(path)
+    for doing in (
+        lambda: store.setAttributes(path, Attributes(size=2**64 - 1)),
+        lambda: file.setAttributes(Attributes(size=2**63)),
+        lambda: store.copy(file, 2**64 - 1, 1, file, 0),
+        lambda: store.copy(file, 0, 1, file, 2**64 - 1),
+        lambda: maybeDeferred(file.read, 2**63, 1),
+        lambda: maybeDeferred(file.write, 2**63, b"x"),
+    ):
+        with pytest.raises(FileStoreError) as caught:
+            await doing()
+        assert caught.value.problem is FileProblem.INVALID
+    # chown(2) takes this one for "as it is".
+    await store.setAttributes(path, Attributes(uid=2**32 - 1, gid=2**32 - 1))
+    after = os.stat(path)
+    assert (after.st_uid, after.st_gid, after.st_size) == (before.st_uid, before.st_gid, 0)
+    await file.close()
