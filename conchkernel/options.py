@@ -69,6 +69,13 @@ _ALGORITHMS: dict[str, Collection[bytes]] = {
     "macs": MACS,
 }
 
+#: What checkers judge, by their interfaces.
+_JUDGED = {
+    IUsernamePassword: "passwords",
+    ISSHPrivateKey: "keys",
+    IAnonymous: "those who prove nothing",
+}
+
 
 class Options(usage.Options, AuthOptionMixin):
     """What ``twistd conchkernel`` understands.
@@ -179,7 +186,7 @@ class Options(usage.Options, AuthOptionMixin):
     @_helpText
     def opt_auth(self, description: str) -> None:
         """Who gets in, by a checker of Twisted's or another package's instead of the default
-        keys and token; may be given more than once. See --help-auth.
+        keys and token; may be given once for keys and once for passwords. See --help-auth.
         """
         kind, _, argument = description.partition(":")
         if kind == "file" and argument.strip() and not os.path.isfile(argument):
@@ -188,6 +195,13 @@ class Options(usage.Options, AuthOptionMixin):
             # Twisted's factories pass over it, and it might have been meant to keep others out.
             raise usage.UsageError(f"--auth: {kind} takes no argument")
         super().opt_auth(description)
+        for interface, checkers in self["credInterfaces"].items():
+            if len(checkers) > 1:
+                # A portal asks the last one only, and whom the others know would be shut out.
+                raise usage.UsageError(
+                    f"--auth: {kind} judges {_JUDGED[interface]}, and so does another one that is "
+                    "given; only one of them can"
+                )
         checker = self["credCheckers"][-1]
         if isinstance(checker, AllowAnonymousAccess):
             self["credCheckers"][-1] = AnonymousOwnerChecker()

@@ -256,6 +256,11 @@ def test_whatTheFactoryIsNotTold(
         (["--jupyter-url", URL, "--auth", "nonsense"], "Auth plugin not recognized"),
         (["--jupyter-url", URL, "--auth", "file:/nonexistent"], "no file /nonexistent"),
         (["--jupyter-url", URL, "--auth", "memory"], "memory needs users"),
+        (["--jupyter-url", URL, "--auth", "memory:a:b", "--auth", "unix"], "unix judges passwords"),
+        (
+            ["--jupyter-url", URL, "--auth", "memory:a:b", "--auth", "memory:c:d"],
+            "--auth: memory judges passwords, and so does another",
+        ),
         (["--jupyter-url", URL, "--auth", "anonymous:ann"], "anonymous takes no argument"),
         (["--jupyter-url", URL, "--auth", "unix:ann"], "unix takes no argument"),
         (["--jupyter-url", URL, "--unknown"], "--unknown"),
