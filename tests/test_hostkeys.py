@@ -111,6 +111,16 @@ def test_openToOthers(tmp_path: Path) -> None:
         hostkeys.load(path)
 
 
+def test_openedToUs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with sshd, another account's key may be readable by us: so a container's secrets are."""
+    key = hostkeys.loadOrCreate(tmp_path)
+    path = tmp_path / hostkeys.FILE_NAME
+    path.chmod(0o440)
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    assert hostkeys.load(path).blob() == key.blob()
+
+
 def test_weak(tmp_path: Path) -> None:
     """DSA, and RSA below 2048 bits."""
     for key, sentence in (

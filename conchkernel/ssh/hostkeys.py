@@ -65,8 +65,10 @@ def load(path: Path) -> Key:
     """
     try:
         with open(path, "rb") as file:
-            # As sshd: a key that others on this machine can read is not a secret.
-            if os.fstat(file.fileno()).st_mode & 0o077:
+            # As sshd: a key of ours that others on this machine can read is not a secret. Who may
+            # read another account's, such as what a container is given, is that account's affair.
+            status = os.fstat(file.fileno())
+            if status.st_uid == os.getuid() and status.st_mode & 0o077:
                 raise ConfigurationError(
                     f"The host key {path} is open to other users; run: chmod 600 {path}"
                 )
