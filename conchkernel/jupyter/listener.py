@@ -74,8 +74,7 @@ class KernelListener:
 
     def streamOpened(self, info: Mapping[str, object]) -> None:
         """It listens."""
-        port, path = info.get("port"), info.get("path")
-        self.port = port if isinstance(port, int) else 0
+        self.port, path = _port(info.get("port")), info.get("path")
         self.path = path.encode("latin-1", "replace") if isinstance(path, str) else b""
         if not self._listening and not self._closed:
             self._listening = True
@@ -88,7 +87,7 @@ class KernelListener:
             try:
                 told = json.loads(line)
                 incoming = Incoming(
-                    int(told["number"]), str(told.get("host", ""))[:255], int(told.get("port", 0))
+                    int(told["number"]), str(told.get("host", ""))[:255], _port(told.get("port"))
                 )
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self._log.error("the agent said something odd of a connection")
@@ -120,6 +119,11 @@ class KernelListener:
             self._receiver.listenerLost(reason)
         else:
             self.ready.errback(reason)
+
+
+def _port(told: object) -> int:
+    """A TCP port; 0 where it is none."""
+    return told if isinstance(told, int) and 0 <= told <= 65535 else 0
 
 
 @implementer(IStreamReceiver)
