@@ -157,7 +157,6 @@ def test_whatAClientSentBeforeItsCloseStillArrives(rig: Rig) -> None:
     assert not rig.client.connection.channels
 
 
-def test_nothingIsTakenThatTheConnectionDoesNotTake(rig: Rig) -> None:
 def test_aChannelClosesThoughMoreWaitsThanItsWindow(rig: Rig) -> None:
     """What the other side had sent to its end is in nobody's way when the client has closed."""
     channel = rig.client.open(b"direct-tcpip", window=1000, data=direct())
@@ -173,6 +172,7 @@ def test_aChannelClosesThoughMoreWaitsThanItsWindow(rig: Rig) -> None:
     assert not rig.client.connection.channels
 
 
+def test_nothingIsTakenThatTheConnectionDoesNotTake(rig: Rig) -> None:
     """The window is given back as the far side takes bytes, and the client may send no more."""
     channel, stream = rig.open()
     rig.client.write(channel, b"x" * LOCAL_WINDOW_BYTES)

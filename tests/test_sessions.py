@@ -389,7 +389,7 @@ def test_closeBetweenOutputsEndAndTheStatus(rig: Rig, pty: bool) -> None:
     rig.client.close(channel)
     assert channel.events == ["eof"]
     assert rig.stream.inputEOF
-    assert rig.stream.calls == ([("signal", "HUP")] if pty else [])
+    assert rig.stream.calls == ([("signal", "HUP")] if pty else [("stopReading",)])
     rig.stream.end(ExitStatus(3))
     assert channel.events == ["eof", ("exit-status", b"\0\0\0\3"), "close"]
     assert rig.client.connection.channels == {}
@@ -508,12 +508,44 @@ def test_inputAfterTheEnd(rig: Rig) -> None:
     assert rig.client.disconnected is None
 
 
-def test_closeGivesTheProcessUp(rig: Rig) -> None:
+def test_closeGivesATerminalUp(rig: Rig) -> None:
     """When the client closes, the stream is closed, once."""
-    channel = rig.run()
+    channel = rig.run(pty=True)
     rig.client.close(channel)
     assert rig.stream.calls == [("close",)]
     assert channel.events == ["close"]
+
+
+def test_closeLeavesACommandItsInput(rig: Rig) -> None:
+    """What the client sent before is still taken; nobody wants the output; the end is told."""
+    channel = rig.run()
+    rig.client.write(channel, b"last words")
+    rig.stream.put(b"a question")
+    rig.client.close(channel)
+    rig.stream.put(b"another one")
+    assert rig.stream.take() == b"last words"
+    assert rig.stream.inputEOF
+    assert rig.stream.calls == [("stopReading",)]
+    assert channel.output == b"a question"
+    rig.stream.end(ExitStatus(3))
+    assert channel.events == ["data", "eof", ("exit-status", b"\0\0\0\3"), "close"]
+    assert rig.client.connection.channels == {}
+
+
+def test_closeBeforeACommandRuns(rig: Rig) -> None:
+    """The same where nobody has said yet that it runs, or says that it does not."""
+    for ending in (ExitStatus(0), None):
+        channel = rig.client.execute(b"command")
+        rig.client.write(channel, b"early")
+        rig.client.close(channel)
+        if ending is None:
+            rig.stream.lose(StreamRefused(RefusalCode.RESOURCE_SHORTAGE, "no"))
+        else:
+            rig.stream.opened()
+            assert rig.stream.take() == b"early"
+            rig.stream.end(ending)
+        assert channel.closed
+    assert rig.client.connection.channels == {}
 
 
 def test_oneChannelsEndIsNotTheOthers(rig: Rig) -> None:

@@ -387,14 +387,21 @@ class SessionChannel(GatewayChannel):
     def closeReceived(self) -> None:
         """The client gives the session up; a terminal hangs up, pipes close.
 
+        As under sshd our CLOSE waits for the end of a process that has pipes: what the client has
+        sent to its stdin is still delivered, and the process counts as a session.
+
         OpenSSH's client closes as soon as both directions are at their ends, which may be before
-        the process has been reaped, and it still wants the status: so our CLOSE waits for that.
+        the process has been reaped, and it still wants the status: so a terminal's waits too then.
         """
         stream = self._stream
+        if stream is not None and self._pty is None:
+            self.eofReceived()
+            self.discardOutput()
+            stream.stopReading()
+            return
         if stream is not None and self._outgoing is Outgoing.EOF and not self._queue:
             self.eofReceived()
-            if self._pty is not None:
-                stream.signal("HUP")
+            stream.signal("HUP")
             return
         self.stage = Stage.ENDED
         super().closeReceived()

@@ -211,8 +211,8 @@ def test_closing_one_channel_leaves_the_others(host: Host, tmp_path: Path) -> No
     assert told.read_text() == "hup\n"
 
 
-def test_closing_pipes_leaves_the_command(gateway: GatewayHost, tmp_path: Path) -> None:
-    """A command without a terminal goes on after its channel is closed."""
+def test_closing_pipes_leaves_the_command(host: Host, tmp_path: Path) -> None:
+    """A command without a terminal goes on after its channel is closed, and its connection."""
     gone, gate, told = (tmp_path / name for name in ("gone", "gate", "told"))
     os.mkfifo(gate)
 
@@ -223,13 +223,33 @@ def test_closing_pipes_leaves_the_command(gateway: GatewayHost, tmp_path: Path) 
         )
         await process.stdout.readline()
         process.close()
-        await process.wait_closed()
+        while not gone.exists():
+            await asyncio.sleep(0.01)
 
-    connected(gateway, script)
-    until(gone.exists, "the command's input is at its end")
+    connected(host, script)
     gate.write_text("go\n")
     until(lambda: told.exists() and told.read_text(), "the command goes on")
     assert told.read_text() == "alive\n"
+
+
+def test_what_was_sent_before_closing_arrives(host: Host, tmp_path: Path) -> None:
+    """All of it, however late the command reads; then the channel closes with its status."""
+    gate, taken = tmp_path / "gate", tmp_path / "taken"
+    os.mkfifo(gate)
+    sent = os.urandom(1_900_000)
+
+    async def script(connection: asyncssh.SSHClientConnection) -> int | None:
+        process = await connection.create_process(
+            f"read x < {gate}; cat > {taken}; exit 5", encoding=None
+        )
+        process.stdin.write(sent)
+        process.close()
+        gate.write_text("go\n")
+        await process.wait_closed()
+        return process.exit_status
+
+    connected(host, script)
+    assert taken.read_bytes() == sent
 
 
 def test_many_sessions_on_one_connection(gateway: GatewayHost) -> None:
