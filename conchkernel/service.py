@@ -42,6 +42,10 @@ START_TIME_LIMIT = 25.0
 #: Seconds that a stop may take; service managers lose patience after 15 to 90.
 STOP_TIME_LIMIT = 14.0
 
+#: Seconds that a client may take for what was written to it before.
+CLOSE_TIME_LIMIT = 1.0
+_LOOK_SECONDS = 0.02
+
 #: Seconds between attempts while waiting for Jupyter: doubling from the first to the last.
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0
 
@@ -81,12 +85,26 @@ class _Remembering(Factory):
             self._made.add(protocol)
         return protocol
 
-    def closeAll(self) -> None:
-        """Close the connections that are still there, after what is written already."""
-        for protocol in list(self._made):
-            transport = getattr(protocol, "transport", None)
-            if transport is not None:
-                transport.loseConnection()
+    async def closeAll(self, reactor: IReactorTime) -> None:
+        """Close the connections that are still there, after what is written already, but cut off
+        who does not take it."""
+        left = self._transports()
+        for transport in left:
+            transport.loseConnection()
+        patience = CLOSE_TIME_LIMIT
+        while left and patience > 0:
+            await deferLater(reactor, _LOOK_SECONDS)
+            patience -= _LOOK_SECONDS
+            left = self._transports()
+        for transport in left:
+            transport.abortConnection()
+        if left:
+            await deferLater(reactor, 0)  # as late as their protocols are told
+
+    def _transports(self) -> list[Any]:
+        """Of the connections that are there."""
+        transports = [getattr(protocol, "transport", None) for protocol in list(self._made)]
+        return [one for one in transports if getattr(one, "connected", False)]
 
 
 class GatewayService(Service):
@@ -247,7 +265,7 @@ class GatewayService(Service):
             await maybeDeferred(port.stopListening)
         await self._stopBackend()
         # After the sessions have told their clients why they end.
-        self._factory.closeAll()
+        await self._factory.closeAll(self._reactor)
 
     async def _stopBackend(self) -> None:
         stopping = Deferred.fromCoroutine(self._backend.stop())

@@ -231,3 +231,30 @@ async def test_stopClosesConnections() -> None:
     await service.stopService()
     await lost
     assert ends == ["stop"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_stopCutsOffWhoTakesNothing() -> None:
+    """A client that stands still keeps its connection no longer than a second."""
+    ends: list[object] = []
+
+    class Server(Protocol):
+        def connectionMade(self) -> None:
+            assert self.transport is not None
+            self.transport.write(bytes(50_000_000))
+
+        def connectionLost(self, reason: object = None) -> None:
+            ends.append(reason)
+
+    class Client(Protocol):
+        def connectionMade(self) -> None:
+            self.transport.pauseProducing()  # type: ignore[union-attr]
+
+    service = GatewayService(reactor, Backend(), Factory.forProtocol(Server), listenable())
+    service.startService()
+    await service.whenStarted()
+    port = service.ports[0].getHost().port  # type: ignore[attr-defined]
+    client = await connectProtocol(TCP4ClientEndpoint(reactor, "127.0.0.1", port), Client())
+    await service.stopService()
+    assert len(ends) == 1
+    client.transport.abortConnection()  # type: ignore[union-attr]
