@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import struct
 import subprocess
 import sys
@@ -176,7 +177,12 @@ class LoopbackBackend:
         """Start the agent and attach to it."""
         directory = tempfile.mkdtemp(prefix="conchkernel-")
         self._path = str(Path(directory) / "s")
-        await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._spawn)
+        try:
+            await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._spawn)
+        except BaseException:
+            # There is no agent that would take it away.
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
         await self.link.start()
 
     async def stop(self) -> None:

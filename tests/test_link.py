@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from zope.interface import implementer
 
-from conchkernel.errors import LinkLost, StreamRefused
+from conchkernel.errors import JupyterUnreachable, LinkLost, StreamRefused
 from conchkernel.interfaces import (
     ExitStatus,
     IListenerReceiver,
@@ -425,3 +426,12 @@ async def test_a_cut_after_another_agent_came_loses_nothing(start):
     assert collector.reason is None
     assert bytes(collector.out) == b"after the cut"
     assert collector.exit == ExitStatus(0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_agent_that_does_not_start_leaves_nothing(tmp_path, monkeypatch):
+    """Also no directory for its socket."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(JupyterUnreachable):
+        await LoopbackBackend(reactor, python="/bin/false").start()
+    assert os.listdir(tmp_path) == []
