@@ -52,7 +52,8 @@ class GatewayFactory(SSHFactory):
     """SSH connections for the users of ``portal``.
 
     :param portal: its checkers say how one may log in, its realm gives avatars for
-        :class:`~twisted.conch.interfaces.IConchUser`.
+        :class:`~twisted.conch.interfaces.IConchUser`, whose channels are each a
+        :class:`~conchkernel.ssh.channel.GatewayChannel`.
     :param hostKeys: private keys, the preferred one first; at most one of a type counts.
     :param reactor: for time.
     :param banner: sent before the first answer about a login.
