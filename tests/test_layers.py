@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_fastpty",
     },
     # the public test kit
-    "testing": {"errors", "interfaces", "files", *WIRE, "remote", "avatars", "ssh", "jupyter"},
+    "testing": {"errors", "interfaces", "files", "avatars", "ssh"},
     # the edges
     "service": {"errors"},
     "values": {"ssh"},
