@@ -187,6 +187,20 @@ def test_unreadableFile(tmp_path: Path, path: Path, warnings: Any) -> None:
     assert len(warnings) == 1
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_fileThatOthersMayWrite(path: Path, mode: int, warnings: Any) -> None:
+    """As with sshd it lets nobody in, until it is put right."""
+    path.write_text(line(ED25519))
+    path.chmod(mode)
+    checker = AuthorizedKeysChecker([path])
+    for _ in range(3):
+        with pytest.raises(UnauthorizedLogin):
+            checker.requestAvatarId(proof(ED25519))
+    assert len(warnings) == 1
+    path.chmod(0o644)
+    assert checker.requestAvatarId(proof(ED25519)) == "owner"
+
+
 def test_hugeFile(path: Path) -> None:
     """Only its beginning is read."""
     path.write_text(line(ED25519) + "\n" + "# filler\n" * 200_000 + line(ECDSA))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from typing import TYPE_CHECKING, Any
 
 from twisted.conch.checkers import SSHPublicKeyChecker
@@ -35,6 +36,8 @@ OWNER = "owner"
 
 #: An authorized_keys file is read at each attempt, so it must not be endless.
 _MAXIMUM_FILE_BYTES = 1024 * 1024
+#: Whoever may write the file may let anybody in (sshd's StrictModes).
+_WRITABLE_BY_OTHERS = 0o022
 
 
 class LimitedId(str):
@@ -55,7 +58,8 @@ class LimitedId(str):
 class AuthorizedKeysChecker:
     """Lets in who has the private half of a key in one of some files, under any name.
 
-    The files are read at each attempt. One that does not exist has no keys. Lines with options
+    The files are read at each attempt. One that does not exist has no keys, nor has one that
+    others than its owner may write. Lines with options
     that are not honoured are refused, because they would give more than they were written for; the
     log says so, once for each line. Of several lines with the same key the first counts.
 
@@ -106,11 +110,15 @@ class AuthorizedKeysChecker:
         for path in self._paths():
             try:
                 with open(path, "rb") as file:
+                    mode = os.fstat(file.fileno()).st_mode
                     data = file.read(_MAXIMUM_FILE_BYTES)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 self._tell(path, "", f"cannot be read: {error.strerror}")
+                continue
+            if mode & _WRITABLE_BY_OTHERS:
+                self._tell(path, "", "is not used: others may write it; run: chmod go-w")
                 continue
             for line in data.decode("utf-8", "replace").splitlines():
                 try:
