@@ -294,6 +294,7 @@ class Session:
         self._carrier: Carrier | None = None
         self._streams: dict[int, Any] = {}
         self._farewell = False
+        self._padded = False
 
     def attach(self, carrier: Carrier, received: int, new: bool) -> None:
         """Go on over this carrier; the former one is closed."""
@@ -343,12 +344,19 @@ class Session:
             if message is None:
                 break
             carrier.send(message)
-        if carrier is not None and carrier.padding and self.endpoint.padding_due:
-            carrier.pad()
+        if carrier is not None and carrier.padding and not self._padded:
+            self._pad(carrier)
         if self._farewell and carrier is not None and carrier.clear:
             self.end()
             if not self._agent.sessions:
                 self._agent.end()
+
+    def _pad(self, carrier: Carrier) -> None:
+        """Send the session's one PADDING, when it is due. A carrier that is lost by it, since a
+        proxy takes no message of that length, would be lost again and again by more of them."""
+        if self.endpoint.padding_due:
+            self._padded = True
+            carrier.pad()
 
     def detach(self) -> None:
         """The carrier is lost; streams live on and wait."""

@@ -33,7 +33,7 @@ class Carrier:
     """A connection that carries messages.
 
     :ivar session: the :class:`~conchkernel.remote.agent.Session` that it serves, once attached.
-    :ivar padding: bytes of the PADDING that a Jupyter server has not had from us.
+    :cvar padding: bytes of the PADDING that it is worth, once it is used for bulk.
     """
 
     padding = 0
@@ -85,9 +85,8 @@ class Carrier:
             self._unsent.extend(memoryview(part) for part in parts)
 
     def pad(self) -> None:
-        """Send the PADDING that the carrier is worth, once."""
-        padding, self.padding = self.padding, 0
-        self.send([bytes([frames.PADDING]), bytes(padding)])
+        """Send the PADDING that the carrier is worth."""
+        self.send([bytes([frames.PADDING]), bytes(self.padding)])
 
     def refuse(self, sentence: str) -> None:
         """Answer an ATTACH with a sentence and hang up."""
@@ -267,6 +266,8 @@ class ServerCarrier(Carrier):
         the other, and the relay tells the gateway.
     """
 
+    padding = frames.PADDING_BYTES
+
     def __init__(
         self,
         agent: Agent,
@@ -274,7 +275,6 @@ class ServerCarrier(Carrier):
         signer: zmtp.Signer,
         claimant: RelayCarrier,
     ) -> None:
-        self.padding = frames.PADDING_BYTES
         self._signer = signer
         self._claimant = claimant
         self._broken = False
