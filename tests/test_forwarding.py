@@ -172,6 +172,20 @@ def test_aChannelClosesThoughMoreWaitsThanItsWindow(rig: Rig) -> None:
     assert not rig.client.connection.channels
 
 
+def test_aChannelClosesWhoseConnectionEndsWithTheClients(rig: Rig) -> None:
+    """The same where the client's end is the connection's own, and the channel is the last."""
+    channel = rig.client.open(b"direct-tcpip", window=1000, data=direct())
+    stream = rig.link.streams[0]
+    stream.opened()
+    stream.put(b"z" * 5000)
+    stream.putEOF()
+    stream.onInputEOF = lambda: stream.end(None)
+    rig.client.close(channel)
+    assert channel.closed
+    assert not rig.client.connection.channels
+    assert rig.client.disconnected is None
+
+
 def test_nothingIsTakenThatTheConnectionDoesNotTake(rig: Rig) -> None:
     """The window is given back as the far side takes bytes, and the client may send no more."""
     channel, stream = rig.open()

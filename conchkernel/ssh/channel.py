@@ -279,9 +279,10 @@ class GatewayChannel(SSHChannel):
         self._handed += self.bufferedBytes
         self._queue = deque(entry for entry in self._queue if entry[0] < 0)
         self._offset = 0
-        if self._queue:
-            self.outlet.schedule(self, False)
         self.credit()
+        if self._queue:
+            # Last, since it may be CLOSE, and then this is over.
+            self.outlet.schedule(self, False)
 
     @property
     def bufferedBytes(self) -> int:
