@@ -172,9 +172,10 @@ def test_aChannelClosesThoughMoreWaitsThanItsWindow(rig: Rig) -> None:
     assert not rig.client.connection.channels
 
 
-def test_aChannelClosesWhoseConnectionEndsWithTheClients(rig: Rig) -> None:
+@pytest.mark.parametrize("window", [1000, 10_000])
+def test_aChannelClosesWhoseConnectionEndsWithTheClients(rig: Rig, window: int) -> None:
     """The same where the client's end is the connection's own, and the channel is the last."""
-    channel = rig.client.open(b"direct-tcpip", window=1000, data=direct())
+    channel = rig.client.open(b"direct-tcpip", window=window, data=direct())
     stream = rig.link.streams[0]
     stream.opened()
     stream.put(b"z" * 5000)

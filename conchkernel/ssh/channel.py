@@ -275,6 +275,8 @@ class GatewayChannel(SSHChannel):
 
         What follows it (EOF, a status, CLOSE) needs no window, and goes.
         """
+        if self._outgoing and not self._queue:
+            return
         self._outgoing = max(self._outgoing, Outgoing.DISCARDING)
         self._handed += self.bufferedBytes
         self._queue = deque(entry for entry in self._queue if entry[0] < 0)
