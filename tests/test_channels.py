@@ -11,7 +11,7 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import deferLater
 from twisted.logger import globalLogPublisher
 from twisted.web import resource, server
 
@@ -287,29 +287,6 @@ async def test_pausedAndResumed(currentJupyter: RunningJupyter) -> None:
     finally:
         os.kill(server.pid, signal.SIGCONT)
         server.stop()
-
-
-@pytest_twisted.ensureDeferred
-async def test_deafServer(currentJupyter: RunningJupyter) -> None:
-    """A ping that brings nothing back within its time ends the connection."""
-    async with clientOf(currentJupyter) as client, kernelOn(client) as kernel:
-        clock = Clock()
-        async with opened(client, kernel) as (channels, carriers):
-            channels._cancel("_ping")
-            channels._reactor = clock
-            sent: list[bytes] = []
-            channels._sendPing()
-            answered: Deferred[None] = Deferred()
-            channels.onPong = lambda payload: answered.callback(None)
-            await answered.addTimeout(30, reactor)
-            clock.advance(module.PING_SECONDS)
-            assert carriers.lost == []
-            channels.transport.write = sent.append
-            channels._heard = False
-            clock.advance(module.PING_SECONDS)
-            assert carriers.lost == []
-            clock.advance(1)
-            assert [type(reason) for reason in carriers.lost] == [LinkLost]
 
 
 @pytest_twisted.ensureDeferred

@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 #: For TLS and the upgrade; a kernel that is just starting lets the server wait.
 HANDSHAKE_SECONDS = 15.0
-#: A ping this often, and this long for its answer.
-PING_SECONDS = 30.0
 #: What may wait to be written before we say that we are not writable: a message.
 BUFFER_BYTES = 256 * 1024
 #: One read: a message and what is around it, which else came in two parts and had to be joined.
@@ -91,7 +89,11 @@ class _Backlog:
 
 
 class KernelChannels(ShortPathWebSocket):
-    """An open connection to one kernel's channels; :func:`connect_channels` makes it."""
+    """An open connection to one kernel's channels; :func:`connect_channels` makes it.
+
+    One that has gone deaf is found out by its user: each request has its time, and a link hears
+    from its agent every few seconds.
+    """
 
     _log = Logger()
 
@@ -112,8 +114,6 @@ class KernelChannels(ShortPathWebSocket):
         self._closed: list[Deferred[None]] = []
         self._gone = False
         self._wasOpen = False
-        self._heard = False
-        self._ping: IDelayedCall | None = None
         self._closing: IDelayedCall | None = None
         self._failed: ConchKernelError | None = None
         self._requests: dict[str, Deferred[dict[str, Any]]] = {}
@@ -215,36 +215,16 @@ class KernelChannels(ShortPathWebSocket):
         self._quickAck = _quick_ack(self.transport)
         transport_of(self).bufferSize = READ_BYTES
         self.transport.registerProducer(_Backlog(self), True)
-        self._ping = self._reactor.callLater(PING_SECONDS, self._sendPing)
         self._wasOpen = True
         self.opened.callback(None)
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes from the transport."""
-        self._heard = True
         super().dataReceived(data)
         if self._quickAck is not None:
             # The server leaves Nagle on: its second small message waits for our ACK of the first,
             # and the system delays that by 40 ms. The option does not stay set.
             self._quickAck()
-
-    def _sendPing(self) -> None:
-        self._heard = False
-        self.sendPing()
-        self._ping = self._reactor.callLater(PING_SECONDS, self._pinged)
-
-    def _pinged(self) -> None:
-        if self._heard:
-            self._sendPing()
-        else:
-            # Perhaps it was we who slept, and the answer waits to be read.
-            self._ping = self._reactor.callLater(1, self._deaf)
-
-    def _deaf(self) -> None:
-        if self._heard:
-            self._sendPing()
-        else:
-            self._lost(LinkLost("the Jupyter server does not answer any more"))
 
     def close(self) -> None:
         """End the connection properly, within a second. Idempotent."""
@@ -283,17 +263,12 @@ class KernelChannels(ShortPathWebSocket):
 
     def _end(self, reason: Exception) -> None:
         """No answer comes any more."""
-        self._cancel("_ping")
-        self._cancel("_closing")
+        closing, self._closing = self._closing, None
+        if closing is not None and closing.active():
+            closing.cancel()
         requests, self._requests = self._requests, {}
         for answer in requests.values():
             answer.errback(reason)
-
-    def _cancel(self, name: str) -> None:
-        call: IDelayedCall | None = getattr(self, name)
-        setattr(self, name, None)
-        if call is not None and call.active():
-            call.cancel()
 
     def failHandshake(self, reason: str) -> None:
         """The server did not agree; its status says why."""
