@@ -289,6 +289,46 @@ async def test_a_farewell_ends_the_agent_at_once(start):
 
 
 @pytest_twisted.ensureDeferred
+async def test_an_agent_that_is_just_found_hears_the_farewell(start):
+    """The link was lost, and comes back while it is stopped."""
+    backend = await start()
+    directory = Path(backend._path).parent
+    connect, found = backend.link._connect, Deferred()
+    begun = []
+
+    async def slowly(user):
+        begun.append(user)
+        await found
+        return await connect(user)
+
+    backend.link._connect = slowly
+    backend.carrier.transport.abortConnection()
+    await until(lambda: begun)
+    stopping = Deferred.fromCoroutine(backend.link.stop())
+    found.callback(None)
+    assert await stopping == 0
+    await until(lambda: not directory.exists())
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_stop_does_not_wait_for_a_road_for_long(start, monkeypatch):
+    """The attempt to attach is given up."""
+    monkeypatch.setattr(link, "FAREWELL_SECONDS", 0.1)
+    backend = await start()
+    waiting = []
+
+    async def nowhere(user):
+        waiting.append(Deferred())
+        await waiting[0]
+
+    backend.link._connect = nowhere
+    backend.carrier.transport.abortConnection()
+    await until(lambda: waiting)
+    assert await backend.link.stop() == -1
+    assert waiting[0].called
+
+
+@pytest_twisted.ensureDeferred
 async def test_two_gateways_share_an_agent(start):
     """The agent counts its sessions; the last one out ends it."""
     from conchkernel.jupyter.link import Link

@@ -162,9 +162,9 @@ class UserKernel:
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
+        others = await self.link.stop()
         if self._starting is not None:
             self._starting.cancel()
-        others = await self.link.stop()
         if self._backend.sharing.isLast(others):
             try:
                 await self._road.remove()

@@ -130,8 +130,9 @@ class Link:
 
         :raises JupyterError: with a sentence; the link may be started again.
         """
+        self._attaching = Deferred.fromCoroutine(self._attach())
         try:
-            await self._attach()
+            await self._attaching
         except BaseException:
             self._dropCarrier()
             self._newSession()
@@ -434,13 +435,31 @@ class Link:
         """Whether there is a road to the agent right now."""
         return self._state is _State.ATTACHED
 
+    async def _attached(self) -> None:
+        """Wait for the end of an attempt to attach, but not for long."""
+        over: Deferred[None] = Deferred()
+
+        def tell(result: Any) -> Any:
+            if not over.called:
+                over.callback(None)
+            return result
+
+        if self._attaching is not None:
+            self._attaching.addBoth(tell)
+            try:
+                await over.addTimeout(FAREWELL_SECONDS, self._reactor)
+            except TimeoutError:
+                pass
+
     async def stop(self) -> int:
-        """End the session: say goodbye, close every stream and the carrier.
+        """End the session: say goodbye, close every stream and the carrier. An attempt to attach
+        that is under way is waited for: it may just have started an agent.
 
         :returns: how many other sessions the agent still has; 0 means that it ends. ``-1`` if it
             could not be asked: then it ends by its orphan timeout.
         """
         others = -1
+        await self._attached()
         if self._state is _State.ATTACHED and self._carrier is not None:
             farewell: Deferred[int] = Deferred()
             self._farewell = farewell
