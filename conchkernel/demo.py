@@ -84,6 +84,15 @@ c.ServerApp.allow_root = True
 c.ServerApp.jpserver_extensions = {{"jupyter_server_terminals": False}}
 """
 
+#: A Jupyter server without the one of its optional imports that takes 2 s: jsonschema's, to check
+#: the syntax of IRIs.
+JUPYTER = """\
+import sys
+sys.modules["rfc3987_syntax"] = None
+from jupyter_server.serverapp import main
+main()
+"""
+
 
 class _Child(ProcessProtocol):
     """A process of ours. Its status is as a shell has it: 128 + N where signal N ended it."""
@@ -198,7 +207,7 @@ class Demo:
             "JUPYTER_RUNTIME_DIR": str(runtime),
             "IPYTHONDIR": str(self._directory / "ipython"),
         }
-        arguments = [sys.executable, "-m", "jupyter_server", f"--config={config}"]
+        arguments = [sys.executable, "-P", "-c", JUPYTER, f"--config={config}"]
         jupyter = self._spawn(_Child(self._log.write), arguments, env=environment)
         deadline = self._reactor.seconds() + JUPYTER_TIME_LIMIT
         while True:

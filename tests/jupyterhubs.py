@@ -26,13 +26,12 @@ import psutil
 import pytest
 
 from . import nodejs
-from .jupyters import MARK, environment_in, kill_marked, made_once, venv_of
+from .jupyters import COMMON, MARK, environment_in, kill_marked, made_once, venv_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-REQUIREMENTS = ["jupyterhub==6.1.1", "jupyter_server==2.21.1", "ipykernel==7.4.0"]
-REQUIREMENTS += ["tornado==6.6.1", "pyzmq==27.3.0", "jupyter_client==8.10.0"]
+REQUIREMENTS = ["jupyterhub==6.1.1", "jupyter_server==2.21.1", "ipykernel==7.4.0", *COMMON]
 PROXY = "configurable-http-proxy@5.3.0"
 #: What a token must be allowed for us: its user's own servers.
 SCOPES = ["access:servers!user"]

@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parent.parent
 
-_COMMON = ["tornado==6.6.1", "pyzmq==27.3.0", "jupyter_client==8.10.0"]
+#: In every venv. (Later versions of jsonschema import what takes 2 s at each server's start.)
+COMMON = ["tornado==6.6.1", "pyzmq==27.3.0", "jupyter_client==8.10.0", "jsonschema==4.24.1"]
 #: Stack -> what its venv holds. ``current`` is the interpreter that runs the tests.
 REQUIREMENTS: dict[str, list[str]] = {
-    "s1": ["jupyter_server==1.24.0", "ipykernel==6.29.5", *_COMMON],
-    "v6": ["jupyter_server==2.14.2", "ipykernel==6.29.5", *_COMMON],
-    "kg": ["jupyter_kernel_gateway==3.0.1", "ipykernel==6.29.5", *_COMMON],
+    "s1": ["jupyter_server==1.24.0", "ipykernel==6.29.5", *COMMON],
+    "v6": ["jupyter_server==2.14.2", "ipykernel==6.29.5", *COMMON],
+    "kg": ["jupyter_kernel_gateway==3.0.1", "ipykernel==6.29.5", *COMMON],
 }
 STACKS = ("current", *REQUIREMENTS)
 
