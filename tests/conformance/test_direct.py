@@ -156,9 +156,10 @@ async def test_an_answer_outlives_the_agent(gateway):
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_cell_that_runs_keeps_no_shell_waiting(gateway):
+async def test_a_cell_that_runs_keeps_no_shell_waiting(gateway, monkeypatch):
     """When the link is lost, it comes back by the relay that the kernel has, whose main thread
     waits for an answer; and again, when there is a new agent to be started."""
+    monkeypatch.setattr(kernel, "BUSY_SECONDS", 0.5)
     collector, another = await shell(gateway), await shell(gateway)
     pid = await agent_pid(collector)
     async with notebook(gateway) as other:
@@ -180,11 +181,11 @@ async def test_a_cell_that_runs_keeps_no_shell_waiting(gateway):
 @pytest_twisted.ensureDeferred
 async def test_a_kernel_that_holds_the_interpreters_lock(gateway, monkeypatch):
     """Nothing in it answers; it is asked again and again, and nothing else comes of that."""
-    monkeypatch.setattr(kernel, "BUSY_SECONDS", 0.5)
-    road(gateway)._patience = 1.0
+    monkeypatch.setattr(kernel, "BUSY_SECONDS", 0.25)
+    road(gateway)._patience = 0.5
     collector = await shell(gateway)
     async with notebook(gateway) as other:
-        held = "import ctypes; ctypes.PyDLL(None).sleep(6)"
+        held = "import ctypes; ctypes.PyDLL(None).sleep(3)"
         computed = Deferred.fromCoroutine(other.evaluate("1", held))
         former = carrier(gateway)
         former._channels.transport.abortConnection()
@@ -217,6 +218,11 @@ if not child:
 """
 
 
+async def reaped(other, child):
+    """A kernel that ends looks for its children for seconds, and takes zombies for alive."""
+    assert await other.evaluate(f"__import__('os').waitpid({child}, 0)[0]") == str(child)
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_child_of_a_cell_is_in_nobodys_way(gateway):
     """It has a copy of every socket that the kernel had when it was forked."""
@@ -237,6 +243,7 @@ async def test_a_child_of_a_cell_is_in_nobodys_way(gateway):
                 await late.asks()
         finally:
             os.kill(child, signal.SIGKILL)
+        await reaped(early, child)
 
 
 FORKS = """
@@ -264,6 +271,7 @@ async def test_a_child_forked_while_an_agent_is_started(gateway):
         children = json.loads(await other.evaluate("children", "subprocess.Popen = former"))
         for child in children:
             os.kill(child, signal.SIGKILL)
+            await reaped(other, child)
         assert len(children) == 1  # it was started at the first attempt
 
 
