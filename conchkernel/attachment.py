@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: For a stop; whoever is shutting down the machine does not wait for longer.
 _STOP_SECONDS = 14.0
+#: Between two looks whether the name is still there, while one stays behind for it.
+_LOOK_SECONDS = 1.0
 
 
 class Attachment:
@@ -91,8 +93,8 @@ class Attachment:
     async def _lingered(self, sharing: SharedState) -> bool:
         """Wait until the last use is long enough ago, and stop; whether that was all."""
         left = self._linger - sharing.secondsSinceLastUse()
-        while left > 0 and not self._hurried:
-            await self._sleep(left)
+        while left > 0 and not self._hurried and not sharing.isRemoved():
+            await self._sleep(min(left, _LOOK_SECONDS))
             left = self._linger - sharing.secondsSinceLastUse()
         async with sharing.turn:
             if not self._hurried and sharing.secondsSinceLastUse() < self._linger:

@@ -158,6 +158,11 @@ class SharedState:
         assert self._lingerer is not None
         return max(0.0, time.time() - os.fstat(self._lingerer).st_mtime)
 
+    def isRemoved(self) -> bool:
+        """For whoever lingers: whether the directory is gone, so that nobody will come."""
+        assert self._lingerer is not None
+        return os.fstat(self._lingerer).st_nlink == 0
+
     def touch(self) -> None:
         """For whoever lingers: begin the waiting anew."""
         assert self._lingerer is not None

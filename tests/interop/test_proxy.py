@@ -489,7 +489,8 @@ def test_withoutAServer(lab: Lab, jupyter_of_lab: RunningJupyter) -> None:
 
 def test_removed(known: Lab) -> None:
     """Every byte of a configuration comes back, while others of our names keep what they need; a
-    process that still runs for the name leaves nothing behind."""
+    process that still runs for the name leaves nothing behind, and none waits for who comes."""
+    assert known.configure(known.jupyter.pasted, "--linger=600").status == 0
     assert known.ssh("true").status == 0
     second = known.run(
         [str(CONCHKERNEL), "config-ssh", "other", "-", "--yes", "--state-dir", str(known.state),
