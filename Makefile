@@ -1,12 +1,13 @@
 # Two commands: `make demo` and `make test`. Both make .venv themselves.
 # ARGS goes to the command: make demo ARGS='--port 0', make test ARGS='-k wire'. The tests run in
-# JOBS processes, each with servers of its own.
+# JOBS processes, each with servers of its own. (One more than two processors: a third of the time
+# a test waits for somebody.)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 
 # What decides whether the installation is still current.
 SOURCES := pyproject.toml setup.py conchkernel/_fastpty.pyx
