@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,9 +162,11 @@ def venv_of(name: str, requirements: list[str]) -> Path:
     """The interpreter of a venv that holds ``requirements``, and is made if need be."""
 
     def make(venv: Path) -> None:
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        pip = [venv / "bin" / "python", "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "--disable-pip-version-check", *requirements], check=True)
+        # Without a pip of its own, which takes as long as some of the stacks.
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install"]
+        pip += ["--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *requirements], check=True)
 
     return made_once(name, requirements, make) / "bin" / "python"
 
@@ -293,7 +296,10 @@ def _wait(running: RunningJupyter) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Make missing venvs before the first test: they take longer than a test may."""
+    """Make missing venvs before the first test: they take longer than a test may.
+
+    Of several processes each begins with another one.
+    """
     wanted = {
         value
         for item in session.items
@@ -302,7 +308,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if value in STACKS
     }
     if not session.config.option.collectonly:
-        for stack in sorted(wanted):
+        number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+        stacks = deque(sorted(wanted))
+        stacks.rotate(-number)
+        for stack in stacks:
             python_of(stack)
 
 

@@ -22,12 +22,13 @@ from conchkernel.errors import (
     StreamRefused,
 )
 from conchkernel.interfaces import ProcessRequest
-from conchkernel.jupyter import injection
+from conchkernel.jupyter import injection, link
 from conchkernel.jupyter.backends import JupyterBackend, identity
 from conchkernel.jupyter.proxy import make_agent
 from conchkernel.jupyter.rest import JupyterClient
 
 from .collector import Collector
+from .conformance.test_survival import agent, until
 from .jupyters import start_jupyter
 
 
@@ -249,8 +250,13 @@ async def test_a_backend_that_was_stopped_can_be_started_again(currentJupyter, t
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_stop_while_a_kernel_starts_is_no_failure(currentJupyter, tmp_path, monkeypatch):
-    """It is asked for, leaves no kernel, and is not in the log as a defect."""
+@pytest.mark.parametrize("patience", [0, link.FAREWELL_SECONDS], ids=["given up", "waited for"])
+async def test_a_stop_while_a_kernel_starts_is_no_failure(
+    currentJupyter, tmp_path, monkeypatch, patience
+):
+    """It is asked for, leaves no kernel, and no agent where there was time to say so to it, and is
+    not in the log as a defect."""
+    monkeypatch.setattr(link, "FAREWELL_SECONDS", patience)
     seen = []
     globalLogPublisher.addObserver(seen.append)
     backend = JupyterBackend(reactor, currentJupyter.pasted, state_dir=tmp_path)
@@ -265,13 +271,17 @@ async def test_a_stop_while_a_kernel_starts_is_no_failure(currentJupyter, tmp_pa
     starting = Deferred.fromCoroutine(backend.start())
     await asked
     client = backend._client
-    wanted = backend._kernels["owner"]._road._wantedId
+    wanted, directory = backend._kernels["owner"]._road._wantedId, agent(backend)
     await backend.stop()
     globalLogPublisher.removeObserver(seen.append)
-    with pytest.raises(LinkLost):
+    if patience:
         await starting
+        await until(lambda: not directory.exists())
+    else:
+        with pytest.raises(LinkLost):
+            await starting
     assert not [event for event in seen if "log_failure" in event]
-    agent = make_agent(reactor)
-    again = JupyterClient(reactor, client.location, agent)
+    roads = make_agent(reactor)
+    again = JupyterClient(reactor, client.location, roads)
     assert await again.kernel(wanted) is None
-    await agent.close()
+    await roads.close()

@@ -32,14 +32,20 @@ if TYPE_CHECKING:
 BULK = os.urandom(2_000_000)
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody listens at a socket, which is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 def agent_socket(host: Host, tmp_path: Path) -> Iterator[Path]:
     """An ssh-agent with the key that gets in."""
     path = tmp_path / "agent"
     with subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL) as agent:
         try:
-            until(path.exists, "the ssh-agent listens")
             environment = {"SSH_AUTH_SOCK": str(path)}
+            until(lambda: listens(path), "the ssh-agent listens")
             subprocess.run(["ssh-add", "-q", host.key], env=environment, check=True, timeout=20)
             yield path
         finally:
