@@ -427,8 +427,23 @@ def detach() -> bool:
     return True
 
 
+def close_inherited() -> None:
+    """Let go of what the kernel has open and did not say that programs shall not have."""
+    try:
+        numbers = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        numbers = list(range(256))  # no such directory: as far as most programs go
+    for number in numbers:
+        if number > 2:
+            try:
+                os.close(number)
+            except OSError:
+                pass  # that by which the directory was read
+
+
 def main(given: dict[str, Any]) -> None:
     """Start as told by the relay: listen, detach, serve, clean up."""
+    close_inherited()
     path = given["path"]
     try:
         listener = home.listen(path)

@@ -18,9 +18,9 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -45,8 +45,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MARK = b'"conchkernel"'
 _DELIMITER = b"<IDS|MSG>"
 _LENGTH = struct.Struct(">I")
-#: Started with nothing in argv but this line; secret and sources come by its stdin.
-_BOOT = "import json,sys;g=json.loads(sys.stdin.buffer.read());exec(g.pop('boot'),{'given':g})"
+#: Started with nothing in argv but this line; secret and sources come by its stdin, which may stay
+#: open behind them.
+_BOOT = "import json,sys;g=json.loads(sys.stdin.buffer.read(%d));exec(g.pop('boot'),{'given':g})"
+#: An agent that has not detached by then is in trouble.
+_START_SECONDS = 20.0
+_LOOK_SECONDS = 0.005
 _OF_THE_KERNEL = re.compile(r"JPY_|PYDEVD_|IPY_INTERRUPT|MPLBACKEND$|INTERRUPT_EVENT")
 #: What ipykernel sets in its own process; shells get what the server's account has.
 _OF_IPYTHON = ("CLICOLOR", "CLICOLOR_FORCE", "FORCE_COLOR", "PAGER", "GIT_PAGER", "TERM")
@@ -250,27 +254,13 @@ class Relay:
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4194304",
                        "MALLOC_TRIM_THRESHOLD_": "4194304"}  # fmt: skip
         message = json.dumps(given).encode()
-        # Not by pipes: a child that a cell forks just then would keep them open, and have us wait.
-        # But a secret is never on a disk: where the system has no files in memory, a pipe it is.
+        # A secret is never on a disk: where the system has no files in memory, a pipe it is.
         with _in_memory(message) as told, tempfile.TemporaryFile() as complaint:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BOOT],
-                stdin=told or subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=complaint,
-                env=environment,
-                cwd="/",
-            )
-            try:
-                process.communicate(None if told else message, timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                raise OSError("it took too long") from None
+            status = _run(message, told, complaint, environment)
             complaint.seek(0)
             text = complaint.read().decode("utf-8", "replace").strip().splitlines()
-        if process.returncode != 0:
-            raise OSError(text[-1] if text else f"status {process.returncode}")
+        if status != 0:
+            raise OSError(text[-1] if text else f"status {status}")
 
     def gone(self, identity: bytes, client: _Client) -> None:
         """The agent's end of a client's socket has closed."""
@@ -416,6 +406,65 @@ def _in_memory(content: bytes) -> Iterator[Any]:
         file.write(content)
         file.seek(0)
         yield file
+
+
+def _run(message: bytes, told: Any, complaint: Any, environment: dict[str, str]) -> int:
+    """Start an agent and wait until it has detached; what waitpid(2) says of it.
+
+    Not by ``subprocess``: a child that a cell forks just then has a copy of every descriptor, and
+    would keep open the pipe by whose end that hears of the exec.
+
+    :param told: a file with the message; ``None`` if it is to go by a pipe.
+    :param complaint: a file for what the agent has to say against it.
+    :raises OSError: if it does not start, or takes too long.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    reading, writing = (os.dup(told.fileno()), -1) if told else os.pipe()
+    try:
+        try:
+            pid = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-I", "-S", "-c", _BOOT % len(message)],
+                environment,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, reading, 0),
+                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, complaint.fileno(), 2),
+                ],
+                setsigdef=[signal.SIGPIPE],
+            )
+        finally:
+            os.close(reading)
+        if not told:
+            _write(writing, message, deadline)
+    finally:
+        if writing >= 0:
+            os.close(writing)
+    while True:
+        try:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return 0  # somebody in the kernel waits for every child; the agent will be asked
+        if ended:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise OSError("it took too long")
+        time.sleep(_LOOK_SECONDS)
+
+
+def _write(pipe: int, message: bytes, deadline: float) -> None:
+    """Write it all, or as much as is taken until then: who reads may have ended."""
+    os.set_blocking(pipe, False)
+    view = memoryview(message)
+    while view and time.monotonic() < deadline:
+        try:
+            view = view[os.write(pipe, view) :]
+        except BrokenPipeError:
+            return
+        except BlockingIOError:
+            time.sleep(_LOOK_SECONDS)
 
 
 def _keep_large_buffers() -> None:

@@ -10,6 +10,7 @@ import threading
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
@@ -247,32 +248,38 @@ async def test_a_child_of_a_cell_is_in_nobodys_way(gateway):
 
 
 FORKS = """
-import os, signal, subprocess
-children = []
-class Popen(subprocess.Popen):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        children.append(os.fork())
-        if not children[-1]:
-            signal.pause()
-            os._exit(0)
-former, subprocess.Popen = subprocess.Popen, Popen
+import os, signal
+children, spawn = [], os.posix_spawn
+def fork():
+    children.append(os.fork())
+    if not children[-1]:
+        signal.pause()
+        os._exit(0)
+def forking(*args, **kwargs):
+    fork()
+    pid = spawn(*args, **kwargs)
+    fork()
+    return pid
+os.posix_spawn = forking
 """
+NO_MEMFD = "memfd = os.__dict__.pop('memfd_create')\n"
 
 
+@pytest.mark.parametrize("without", ["", NO_MEMFD], ids=["by memory", "by a pipe"])
 @pytest_twisted.ensureDeferred
-async def test_a_child_forked_while_an_agent_is_started(gateway):
+async def test_a_child_forked_while_an_agent_is_started(gateway, without):
     """What the agent is told by, and what it complains by, is not held open by that child."""
     collector = await shell(gateway)
+    back = "os.posix_spawn = spawn" + ("; os.memfd_create = memfd" if without else "")
     async with notebook(gateway) as other:
-        await other.evaluate("1", FORKS)
+        await other.evaluate("1", FORKS + without)
         os.kill(await agent_pid(collector), signal.SIGKILL)
         await collector.untilClosed()
-        children = json.loads(await other.evaluate("children", "subprocess.Popen = former"))
+        children = json.loads(await other.evaluate("children", back))
         for child in children:
             os.kill(child, signal.SIGKILL)
             await reaped(other, child)
-        assert len(children) == 1  # it was started at the first attempt
+        assert len(children) == 2  # it was started at the first attempt
 
 
 @pytest_twisted.ensureDeferred
@@ -280,21 +287,20 @@ async def test_an_agent_starts_where_there_are_no_files_in_memory(gateway):
     """Its secret comes by a pipe then, and is in no file that the kernel makes."""
     collector = await shell(gateway)
     written = """
-import os, subprocess, tempfile
-given, memfd = [], os.memfd_create
-del os.memfd_create
-class Popen(subprocess.Popen):
-    def __init__(self, *args, **kwargs):
-        given.append(kwargs["stdin"] == subprocess.PIPE)
-        super().__init__(*args, **kwargs)
-former, subprocess.Popen = subprocess.Popen, Popen
+import os, stat
+given, spawn = [], os.posix_spawn
+def telling(*args, **kwargs):
+    (action, source, target), *_ = kwargs["file_actions"]
+    given.append(target == 0 and stat.S_ISFIFO(os.fstat(source).st_mode))
+    return spawn(*args, **kwargs)
+os.posix_spawn = telling
 """
     async with notebook(gateway) as other:
-        await other.evaluate("1", written)
+        await other.evaluate("1", written + NO_MEMFD)
         os.kill(await agent_pid(collector), signal.SIGKILL)
         await collector.untilClosed()
         assert await agent_pid(await shell(gateway))
-        back = "subprocess.Popen, os.memfd_create = former, memfd"
+        back = "os.posix_spawn, os.memfd_create = spawn, memfd"
         assert await other.evaluate("given", back) == "[True]"
 
 
