@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,8 +191,11 @@ def test_unreadableFile(tmp_path: Path, path: Path, warnings: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
-def test_fileThatOthersMayWrite(path: Path, mode: int, warnings: Any) -> None:
+def test_fileThatOthersMayWrite(
+    path: Path, mode: int, warnings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As with sshd it lets nobody in, until it is put right."""
+    monkeypatch.setattr(pwd, "getpwall", lambda: [SimpleNamespace(pw_name="x", pw_gid=os.getgid())])
     path.write_text(line(ED25519))
     path.chmod(mode)
     checker = AuthorizedKeysChecker([path])
@@ -199,6 +205,24 @@ def test_fileThatOthersMayWrite(path: Path, mode: int, warnings: Any) -> None:
     assert len(warnings) == 1
     path.chmod(0o644)
     assert checker.requestAvatarId(proof(ED25519)) == "owner"
+
+
+def test_fileThatAGroupOfOneMayWrite(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with Debian's sshd: such are the files of an account with a group of its own."""
+    owner = pwd.getpwuid(os.getuid()).pw_name
+    group = SimpleNamespace(gr_mem=[])
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    monkeypatch.setattr(
+        pwd, "getpwall", lambda: [SimpleNamespace(pw_name=owner, pw_gid=path.stat().st_gid)]
+    )
+    path.write_text(line(ED25519))
+    path.chmod(0o664)
+    checker = AuthorizedKeysChecker([path])
+    assert checker.requestAvatarId(proof(ED25519)) == "owner"
+    group.gr_mem.append("somebody")
+    with pytest.raises(UnauthorizedLogin):
+        checker.requestAvatarId(proof(ED25519))
+
 
 
 def test_hugeFile(path: Path) -> None:

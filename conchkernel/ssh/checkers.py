@@ -8,9 +8,12 @@ Checkers of Twisted's own that say yes to every key are put right by :func:`trut
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import hmac
 import os
+import pwd
+import stat
 from typing import TYPE_CHECKING, Any
 
 from twisted.conch.checkers import SSHPublicKeyChecker
@@ -36,8 +39,6 @@ OWNER = "owner"
 
 #: An authorized_keys file is read at each attempt, so it must not be endless.
 _MAXIMUM_FILE_BYTES = 1024 * 1024
-#: Whoever may write the file may let anybody in (sshd's StrictModes).
-_WRITABLE_BY_OTHERS = 0o022
 
 
 class LimitedId(str):
@@ -52,6 +53,25 @@ class LimitedId(str):
         self = super().__new__(cls, name)
         self.permissions = permissions
         return self
+
+
+def _writableByOthers(status: os.stat_result) -> bool:
+    """Whether somebody else than its owner may write a file, and so let anybody in.
+
+    As sshd's StrictModes, and as Debian's a group whose only member is the owner does not count:
+    where each account has a group of its own, files are made writable by it.
+    """
+    if not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    if status.st_mode & stat.S_IWOTH:
+        return True
+    try:
+        names = set(grp.getgrgid(status.st_gid).gr_mem)
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        return True
+    names.update(one.pw_name for one in pwd.getpwall() if one.pw_gid == status.st_gid)
+    return names != {owner}
 
 
 @implementer(ICredentialsChecker)
@@ -110,14 +130,14 @@ class AuthorizedKeysChecker:
         for path in self._paths():
             try:
                 with open(path, "rb") as file:
-                    mode = os.fstat(file.fileno()).st_mode
+                    status = os.fstat(file.fileno())
                     data = file.read(_MAXIMUM_FILE_BYTES)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 self._tell(path, "", f"cannot be read: {error.strerror}")
                 continue
-            if mode & _WRITABLE_BY_OTHERS:
+            if _writableByOthers(status):
                 self._tell(path, "", "is not used: others may write it; run: chmod go-w")
                 continue
             for line in data.decode("utf-8", "replace").splitlines():
