@@ -10,7 +10,22 @@ import enum
 
 
 class ConchKernelError(Exception):
-    """Something conchkernel can explain in one sentence."""
+    """Something conchkernel can explain in one sentence.
+
+    Part of it may be a peer's words, and it is read in logs and on terminals: so what does not
+    print, and might move a cursor there, becomes a space or a question mark.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        if not sentence.isprintable():
+            sentence = "".join(map(_shown, sentence))
+        super().__init__(sentence)
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else "?"
 
 
 class ConfigurationError(ConchKernelError):
