@@ -16,10 +16,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import socket
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -27,6 +26,7 @@ import pytest
 
 from . import nodejs
 from .jupyters import COMMON, MARK, environment_in, kill_marked, made_once, venv_of
+from .ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -218,11 +218,7 @@ def start_hub(base_url: str = "/", *lines: str) -> RunningHub:
     :param lines: more of its configuration.
     """
     home = Path(tempfile.mkdtemp(prefix="conchkernel-hub-"))
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket()) for _ in range(3)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        public, hub, api = (probe.getsockname()[1] for probe in probes)
+    public, hub, api = (free_port() for _ in range(3))
     token, mark = secrets.token_hex(16), secrets.token_hex(8)
     config = home / "jupyterhub_config.py"
     values = {"public": public, "hub": hub, "api": api, "home": home, "base_url": base_url}

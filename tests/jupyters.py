@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
+
+from .ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -208,9 +209,7 @@ def _start(
     home = Path(tempfile.mkdtemp(prefix="conchkernel-jupyter-"))
     root = home / "root"
     root.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mark = secrets.token_hex(8)
     if stack == "kg":
         command = [python, "-m", "kernel_gateway", f"--KernelGatewayApp.base_url={base_url}"]

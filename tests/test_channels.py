@@ -32,6 +32,7 @@ from conchkernel.jupyter.urls import JupyterLocation
 from conchkernel.jupyter.websocket import transport_of
 from tests.jupyters import start_jupyter
 from tests.kernelecho import Carriers, installEcho, kernelOn
+from tests.ports import free_port
 from tests.roads import Authority, proxying, terminating
 
 if TYPE_CHECKING:
@@ -343,12 +344,7 @@ async def test_nothingListens(unusedPort: int) -> None:
 @pytest.fixture
 def unusedPort() -> int:
     """A port that was free a moment ago."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    return free_port()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import select
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import psutil
 import pytest
 
 from ..jupyters import start_jupyter
+from ..ports import free_port
 from .filetrees import Far, far_on
 
 if TYPE_CHECKING:
@@ -45,14 +45,6 @@ def until(condition: Callable[[], Any], what: str = "it") -> Any:
         assert time.monotonic() < deadline, f"waited in vain until {what}"
         time.sleep(0.01)
     return value
-
-
-def free_port() -> int:
-    """A port of loopback where nobody listens, for programs that must be told one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 class Ran(NamedTuple):
