@@ -409,7 +409,7 @@ def _in_memory(content: bytes) -> Iterator[Any]:
 
 
 def _run(message: bytes, told: Any, complaint: Any, environment: dict[str, str]) -> int:
-    """Start an agent and wait until it has detached; what waitpid(2) says of it.
+    """Start an agent and wait until it has detached; its status, -N where signal N ended it.
 
     Not by ``subprocess``: a child that a cell forks just then has a copy of every descriptor, and
     would keep open the pipe by whose end that hears of the exec.
@@ -446,7 +446,7 @@ def _run(message: bytes, told: Any, complaint: Any, environment: dict[str, str])
         except ChildProcessError:
             return 0  # somebody in the kernel waits for every child; the agent will be asked
         if ended:
-            return status
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
