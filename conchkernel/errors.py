@@ -59,6 +59,10 @@ class KernelRefused(JupyterError):
     """The server would not create, or no longer has, the kernel."""
 
 
+class KernelSilent(KernelRefused):
+    """The server has the kernel, but has not heard a word of it."""
+
+
 class KernelUnsupported(JupyterError):
     """The kernel cannot carry an agent: it is not Python, or is no ipykernel."""
 

@@ -43,6 +43,15 @@ REQUIREMENTS: dict[str, list[str]] = {
 }
 STACKS = ("current", *REQUIREMENTS)
 
+#: A server's configuration: its kernels have ports of ours, since those that a system gives to
+#: whoever asks for any may be somebody's before the kernel listens there.
+_PORTS = f"""
+import runpy
+from jupyter_client.connect import LocalPortCache
+free_port = runpy.run_path({str(Path(__file__).with_name("ports.py"))!r})["free_port"]
+LocalPortCache.find_available_port = lambda cache, ip: free_port()
+"""
+
 _STAMP = ".conchkernel-complete"
 _START_SECONDS = 60.0
 _STOP_SECONDS = 15.0
@@ -260,6 +269,7 @@ def environment_in(home: Path, python: Path) -> dict[str, str]:
         directory = home / name.lower()
         directory.mkdir(mode=0o700)
         environment[name] = str(directory)
+    (home / "jupyter_config_dir" / "jupyter_config.py").write_text(_PORTS)
     environment["IPYTHONDIR"] = str(home / "ipython")
     environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return environment

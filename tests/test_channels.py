@@ -377,15 +377,16 @@ async def test_refusedUpgrades(head: bytes, error: type[Exception], sentence: st
 
 
 @pytest_twisted.ensureDeferred
-async def test_silentUpgrade(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silentUpgrade() -> None:
     """A server that says nothing is left after a time."""
-    monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 0.2)
     async with proxying(reactor, b"HTTP/1.1 101 ", hangsUp=False) as (_, port):
         client = JupyterClient(
             reactor, JupyterLocation(f"http://127.0.0.1:{port}"), make_agent(reactor)
         )
         with pytest.raises(JupyterUnreachable, match="in time"):
-            await connect_channels(reactor, client, "x", on_carrier=print, on_lost=pytest.fail)
+            await connect_channels(
+                reactor, client, "x", on_carrier=print, on_lost=pytest.fail, patience=0.2
+            )
 
 
 @pytest.mark.parametrize(
@@ -393,11 +394,8 @@ async def test_silentUpgrade(monkeypatch: pytest.MonkeyPatch) -> None:
     [("starting", "the kernel python3 says nothing"), ("idle", "but no WebSocket")],
 )
 @pytest_twisted.ensureDeferred
-async def test_silentAboutOneKernel(
-    monkeypatch: pytest.MonkeyPatch, state: str, sentence: str
-) -> None:
+async def test_silentAboutOneKernel(state: str, sentence: str) -> None:
     """A server that answers, but not our WebSocket, has a kernel without a word, or a proxy."""
-    monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 0.2)
     answer = b'{"id": "x", "name": "python3", "execution_state": "%s"}' % state.encode()
 
     class Answering(resource.Resource):
@@ -413,7 +411,9 @@ async def test_silentAboutOneKernel(
     )
     try:
         with pytest.raises(JupyterError, match=sentence):
-            await connect_channels(reactor, client, "x", on_carrier=print, on_lost=pytest.fail)
+            await connect_channels(
+                reactor, client, "x", on_carrier=print, on_lost=pytest.fail, patience=0.2
+            )
     finally:
         await agent.close()
         await port.stopListening()

@@ -12,7 +12,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from conchkernel import frames
-from conchkernel.errors import JupyterError, JupyterUnreachable, LinkLost
+from conchkernel.errors import JupyterError, JupyterUnreachable, KernelSilent, LinkLost
+from conchkernel.jupyter import kernel as module
 from conchkernel.jupyter.kernel import ENDING_SECONDS, KernelCarrier, KernelRoad
 from conchkernel.jupyter.rest import KernelModel
 
@@ -120,6 +121,57 @@ async def test_a_kernel_is_remembered_until_it_is_gone(tmp_path):
     await roadTo(server, memory).remove()
     assert not server.kernels
     assert not memory.exists()
+
+
+class SlowServer(Server):
+    """Its first kernels never say a word; the WebSockets are for :func:`connect`."""
+
+    def __init__(self, silent: int) -> None:
+        super().__init__(takesIds=True)
+        self.silent = silent
+        self.made = 0
+
+    async def create_kernel(self, name: str | None, kernelId: str) -> KernelModel:
+        """At once."""
+        self.made += 1
+        self.kernels.add(kernelId)
+        return KernelModel(kernelId, "python3")
+
+    async def connect(self, reactor, client, kernelId, *, patience, **listeners):
+        """No kernel, or one that speaks no Python."""
+        if self.made <= self.silent:
+            raise KernelSilent(f"nothing in {patience:g} seconds")
+        raise JupyterError("heard")
+
+
+@pytest.mark.parametrize(
+    ("silent", "told"),
+    [(1, ["heard"]), (2, ["nothing in 10 seconds", "nothing in 15 seconds"])],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_new_kernel_that_says_nothing_is_replaced_once(
+    tmp_path, monkeypatch, silent, told
+):
+    """A port of it may be another program's; but where each is slow, the second is waited for."""
+    server = SlowServer(silent)
+    monkeypatch.setattr(module, "connect_channels", server.connect)
+    road = roadTo(server, tmp_path / "kernel")
+    for words in told:
+        with pytest.raises(JupyterError, match=words):
+            await road.carry(None)
+        assert (server.made, server.kernels) == (2, {WANTED})
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_silent_kernel_that_was_there_stays(tmp_path, monkeypatch):
+    """It is somebody's, and may be heard again."""
+    server = SlowServer(1)
+    server.kernels.add("s")
+    (tmp_path / "kernel").write_text("s session\n")
+    monkeypatch.setattr(module, "connect_channels", server.connect)
+    with pytest.raises(KernelSilent, match="15 seconds"):
+        await roadTo(server, tmp_path / "kernel").carry(None)
+    assert (server.made, server.kernels) == (0, {"s"})
 
 
 def test_a_kernel_that_ends_is_let_end() -> None:

@@ -27,6 +27,7 @@ from conchkernel.errors import (
     JupyterError,
     JupyterUnreachable,
     KernelRefused,
+    KernelSilent,
     LinkLost,
     NotJupyter,
     TokenRefused,
@@ -407,13 +408,16 @@ async def connect_channels(
     *,
     on_carrier: Callable[[memoryview], None],
     on_lost: Callable[[Exception], None],
+    patience: float = HANDSHAKE_SECONDS,
 ) -> KernelChannels:
     """Connect to a kernel's channels.
 
     :param on_carrier: called at once with the buffer of each carrier; it may be kept.
     :param on_lost: called once when the connection, once made, is gone or useless, with an error
         of ours; not after :meth:`KernelChannels.close` or :meth:`KernelChannels.abort`.
+    :param patience: seconds for the WebSocket's handshake.
     :raises KernelRefused: if there is no such kernel.
+    :raises KernelSilent: if it does not start in time.
     :raises JupyterError: as :class:`~conchkernel.jupyter.rest.JupyterClient` does.
     """
     # A second connection with the same id makes jupyter_server close the first one, and then
@@ -447,12 +451,12 @@ async def connect_channels(
     try:
         await client.agent.endpoint(url).connect(factory)
         (channels,) = made
-        channels.opened.addTimeout(HANDSHAKE_SECONDS, reactor)
+        channels.opened.addTimeout(patience, reactor)
         try:
             await channels.opened
         except TimeoutError:
-            asking = Deferred.fromCoroutine(_silence(client, kernel_id))
-            raise await asking.addTimeout(HANDSHAKE_SECONDS / 3, reactor) from None
+            asking = Deferred.fromCoroutine(_silence(client, kernel_id, patience))
+            raise await asking.addTimeout(patience / 3, reactor) from None
     except BaseException as error:
         for one in made:
             one.abort()
@@ -462,18 +466,18 @@ async def connect_channels(
     return channels
 
 
-async def _silence(client: JupyterClient, kernel_id: str) -> JupyterError:
+async def _silence(client: JupyterClient, kernel_id: str, patience: float) -> JupyterError:
     """Why a WebSocket is not answered. The server waits with that for the kernel's first word,
     and calls a kernel that nobody has heard yet starting."""
     kernel = await client.kernel(kernel_id)
     if kernel is None or kernel.state in ("starting", "restarting", "dead"):
         name = f"the kernel {kernel.name}" if kernel is not None else "the kernel"
-        return KernelRefused(
-            f"{name} says nothing in {HANDSHAKE_SECONDS:g} seconds: it does not start, or a proxy "
+        return KernelSilent(
+            f"{name} says nothing in {patience:g} seconds: it does not start, or a proxy "
             "keeps our WebSocket; the Jupyter server's log says which"
         )
     place = urlsplit(client.location.base).netloc
     return JupyterUnreachable(
-        f"{place} answers, but no WebSocket in {HANDSHAKE_SECONDS:g} seconds; a proxy before the "
+        f"{place} answers, but no WebSocket in {patience:g} seconds; a proxy before the "
         "Jupyter server must pass them on"
     )

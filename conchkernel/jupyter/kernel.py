@@ -19,9 +19,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from conchkernel import frames
-from conchkernel.errors import KernelUnsupported, LinkLost
+from conchkernel.errors import KernelSilent, KernelUnsupported, LinkLost
 from conchkernel.jupyter import injection
-from conchkernel.jupyter.channels import KernelChannels, connect_channels
+from conchkernel.jupyter.channels import HANDSHAKE_SECONDS, KernelChannels, connect_channels
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
@@ -36,6 +36,8 @@ AGAIN_SECONDS = 10.0
 #: One that is silent for so long may be at somebody's cell, and have our relay still.
 BUSY_SECONDS = 2.0
 START_SECONDS = 30.0
+#: For the first word of a kernel that was made because the one before it said none.
+SECOND_SECONDS = 10.0
 #: A kernel that has said goodbye still looks alive to its server for so long.
 ENDING_SECONDS = 1.0
 #: Cullers look for activity of kernels, in which a carrier's bytes have no part. Of what costs
@@ -121,12 +123,14 @@ class KernelCarrier:
         client: JupyterClient,
         kernel_id: str,
         start: dict[str, Any],
+        handshake: float,
         patience: float,
         again: bool,
     ) -> None:
         """Connect, inject, start the agent.
 
-        :param patience: seconds for each of the kernel's answers.
+        :param handshake: seconds for the kernel's first word.
+        :param patience: seconds for each of its answers.
         :param again: whether we have put a relay into this kernel before.
         :raises JupyterError: with a sentence.
         """
@@ -136,6 +140,7 @@ class KernelCarrier:
             kernel_id,
             on_carrier=self.received,
             on_lost=self.lost,
+            patience=handshake,
         )
         channels.on_resumed = self.resumed
         self._channels = channels
@@ -254,6 +259,8 @@ class KernelRoad:
         self._carried: str | None = None
         self._kernel: str | None = None
         self._sessionId: str | None = None
+        #: The kernel that we made, until it is heard of.
+        self._unheard: str | None = None
         self._creating: Deferred[None] | None = None
 
     async def carry(self, user: CarrierUser) -> KernelCarrier:
@@ -262,6 +269,22 @@ class KernelRoad:
         :raises JupyterError: with a sentence.
         """
         kernel_id = await self._ensureKernel()
+        try:
+            return await self._carry(user, kernel_id, HANDSHAKE_SECONDS)
+        except KernelSilent as silent:
+            if kernel_id != self._unheard:
+                raise
+            # One of its ports was another program's by the time it listened there, and its server
+            # starts it over and over with those same ports.
+            self._log.warn("{silent}; trying another one", silent=str(silent))
+        await self.remove()
+        kernel_id = await self._ensureKernel()
+        self._unheard = None  # this one may be slow, and is waited for
+        return await self._carry(user, kernel_id, SECOND_SECONDS)
+
+    async def _carry(
+        self, user: CarrierUser, kernel_id: str, handshake: float
+    ) -> KernelCarrier:
         carrier = KernelCarrier(user)
         try:
             await carrier.open(
@@ -269,7 +292,8 @@ class KernelRoad:
                 self._client,
                 kernel_id,
                 self._start,
-                self._patience,
+                handshake=handshake,
+                patience=self._patience,
                 again=kernel_id == self._carried,
             )
         except BaseException:
@@ -277,6 +301,7 @@ class KernelRoad:
             raise
         self._patience = AGAIN_SECONDS
         self._carried = kernel_id
+        self._unheard = None
         return carrier
 
     async def _ensureKernel(self) -> str:
@@ -328,7 +353,7 @@ class KernelRoad:
             if kernel.id != self._wantedId:
                 # An older server chose an id itself. A session's path is the next best name.
                 kernel = await self._sessionKernel(kernel)
-            self._kernel = kernel.id
+            self._kernel = self._unheard = kernel.id
 
     async def _sessionKernel(self, unwanted: KernelModel) -> KernelModel:
         await self._client.delete_kernel(unwanted.id)

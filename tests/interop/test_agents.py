@@ -74,9 +74,11 @@ def test_the_keys_are_there(host: Host, keys: Path) -> None:
 @pytest.mark.parametrize("how", ["-T", "-tt"])
 def test_the_socket_is_private_and_goes(host: Host, keys: Path, how: str) -> None:
     """Nobody else can reach it, and it is gone with its session."""
-    command = 'echo "$SSH_AUTH_SOCK"; stat -c %a "$SSH_AUTH_SOCK" "${SSH_AUTH_SOCK%/*}"; read x'
+    modes = 'stat -c %a "$SSH_AUTH_SOCK" "${SSH_AUTH_SOCK%/*}"'
+    command = f'echo "$SSH_AUTH_SOCK"; {modes}; echo "done"; read x'
     with host.started(*forwarding(keys), how, command) as client:
-        path, mode, directory_mode = read_until(client.stdout, b"700").decode().split()
+        said = read_until(client.stdout, b"done").decode().split()
+        path, mode, directory_mode = said[:3]
         # sshd's own is 0755, in such a directory.
         assert (mode, directory_mode) == (
             "600" if isinstance(host, GatewayHost) else mode,
