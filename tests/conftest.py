@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 #: Servers of other ages and kinds than the one that is installed beside us, and a JupyterHub; what
 #: tunnels lead to; and who is attacked.
 pytest_plugins = ("tests.jupyters", "tests.jupyterhubs", "tests.peers", "tests.underattack")
+
+
+# A shell ignores it for what it starts with "&", and our children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class LoggedFailures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -58,8 +58,8 @@ class KernelModel:
     """Of its kernelspec."""
     session: str | None = None
     """The session it was made for, where there is one: deleting that deletes the kernel."""
-    state: str = ""
-    """What the server believes that it does: ``starting``, ``idle``, ..."""
+    state: str = field(default="", compare=False)
+    """What the server believed that it did: ``starting``, ``idle``, ..."""
 
 
 @dataclass(frozen=True, slots=True)
