@@ -360,6 +360,9 @@ def test_the_cap_follows_the_consumer():
     assert stream.cap == pytest.approx(7e5, rel=0.02)
     take(pair, stream, far, 1e6, 0.5)
     assert stream.cap == wirestream.CAP_FLOOR
+    stream.queue_seconds = wirestream.QUEUE_SECONDS_OF_TERMINALS
+    take(pair, stream, far, 70e6, 0.5)
+    assert stream.cap == pytest.approx(2.1e6, rel=0.02)
 
 
 def test_beside_keys_nothing_waits():

@@ -396,7 +396,10 @@ class Link:
 
     def openProcess(self, request: ProcessRequest, receiver: Any) -> KernelStream:
         """See :meth:`conchkernel.interfaces.IKernelLink.openProcess`."""
-        return self.open({**openings.process(request), **self._defaults}, receiver)
+        stream = self.open({**openings.process(request), **self._defaults}, receiver)
+        if request.pty is not None and stream.wire is not None:
+            stream.wire.queue_seconds = wirestream.QUEUE_SECONDS_OF_TERMINALS
+        return stream
 
     def openFiles(self, root: bytes | None, readOnly: bool) -> AgentFileStore:
         """Files on the kernel's host; the store fires its ``ready`` when it can be used.
