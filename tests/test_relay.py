@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from conchkernel.remote import relay as module
+from conchkernel.remote import starter
 
 
 class Frame:
@@ -64,7 +65,7 @@ def kernel():
 @pytest.fixture
 def relay(kernel):
     """A relay in place."""
-    made = module.Relay(kernel, {"boot": "", "modules": []}, "0" * 16)
+    made = module.Relay(kernel, {"boot": "", "modules": []}, "0" * 16, starter)
     made.install()
     return made
 
@@ -188,11 +189,11 @@ def test_uninstalling_restores_the_dispatcher(kernel, relay):
 def test_a_socket_is_named_by_sixteen_digits(name):
     """No id leads out of the private directory."""
     with pytest.raises(ValueError, match="id"):
-        module._socket_path(name)
+        starter.path_of(name)
 
 
 def test_the_environment_is_without_the_kernels_own(monkeypatch):
     """What Jupyter gives a kernel for itself does not reach a shell."""
-    environment = module._environment()
+    environment = starter._environment()
     assert not {name for name in environment if name.startswith(("JPY_", "MPLBACKEND"))}
     assert "PATH" in environment

@@ -87,8 +87,9 @@ def install(packed, version):
     if relay is None or not relay.installed or relay.version != version:
         fresh = types.ModuleType(name)
         fresh.relay = relay
-        fresh.handover = types.ModuleType(name + "_handover")
-        exec(compile(sources.pop("handover"), name, "exec"), fresh.handover.__dict__)
+        for part in ("starter", "handover"):
+            setattr(fresh, part, types.ModuleType(name + "_" + part))
+            exec(compile(sources.pop(part), name, "exec"), getattr(fresh, part).__dict__)
         exec(compile(sources.pop("relay"), name, "exec"), fresh.__dict__)
         sys.modules[name] = fresh
         fresh.install(sources, version)
@@ -108,7 +109,8 @@ def agent_sources() -> dict[str, Any]:
 
 def _everything() -> dict[str, Any]:
     in_the_kernel = {
-        name: _source("conchkernel.remote", f"{name}.py") for name in ("relay", "handover")
+        name: _source("conchkernel.remote", f"{name}.py")
+        for name in ("relay", "starter", "handover")
     }
     return {**in_the_kernel, **agent_sources()}
 
