@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import socket
 import struct
 
@@ -34,6 +35,16 @@ def frames_of(message: bytes) -> list[memoryview]:
     assert found is not None
     assert found[1] == len(message)
     return found[0]
+
+
+@pytest.mark.parametrize("digest", ["sha256", "sha512", "md5", "sha3_256"])
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 129, 1000])
+def test_a_signature_is_an_hmac(digest: str, size: int) -> None:
+    """For keys that are shorter than the hash function's block, as long, and longer."""
+    key, parts = bytes(range(256)) * 4, b"header{}{}{}"
+    signer = zmtp.Signer(key[:size], digest)
+    for _ in range(2):
+        assert signer._sign(parts) == hmac.new(key[:size], parts, digest).hexdigest().encode()
 
 
 @pytest.mark.parametrize("size", [0, 1, 200, 255])

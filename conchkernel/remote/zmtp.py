@@ -129,12 +129,22 @@ class Signer:
 
     :param key: of the kernel's session; empty where it does not sign.
     :param digest: the name of its hash function.
+    :raises ValueError: if that is none that HMAC can use.
     """
 
     def __init__(self, key: bytes, digest: str) -> None:
-        hashlib.new(digest)  # an unknown one is a ValueError here, not later
-        self._key = key
-        self._digest = digest
+        # HMAC (RFC 2104) from two states that are copied. To look a hash function up by its name,
+        # as hmac.digest does each time, costs more than to use it: 18 us a message in an agent
+        # that has slept.
+        blank = hashlib.new(digest)
+        if not blank.digest_size:
+            raise ValueError(f"{digest} has no size of its own")
+        block = blank.block_size
+        key = hashlib.new(digest, key).digest() if len(key) > block else key
+        self._signs = bool(key)
+        padded = key.ljust(block, b"\0")
+        self._inner = hashlib.new(digest, bytes(byte ^ 0x36 for byte in padded))
+        self._outer = hashlib.new(digest, bytes(byte ^ 0x5C for byte in padded))
         self._sent = 0
         nonce = os.urandom(8).hex()
         date = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
@@ -145,7 +155,12 @@ class Signer:
         )
 
     def _sign(self, parts: bytes) -> bytes:
-        return hmac.digest(self._key, parts, self._digest).hex().encode() if self._key else b""
+        if not self._signs:
+            return b""
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(parts)
+        outer.update(inner.digest())
+        return outer.hexdigest().encode()
 
     def head(self, size: int) -> bytes:
         """What goes before the ``size`` bytes of a message's buffer."""
