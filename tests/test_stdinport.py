@@ -453,9 +453,13 @@ def test_the_port_is_let_go_of(kernel: Kernel) -> None:
     server = kernel.server()
     lead_through(kernel, server)
     waiting = kernel.claim()
+    events = server.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    events.rcvtimeo = SECONDS * 1000
     kernel.door.socket.shutdown(socket.SHUT_WR)
     assert kernel.door.answer() == b""
     assert waiting.answer() in (b"", NO)
+    events.recv_multipart()  # what it sent before that would be lost
+    server.disable_monitor()
     kernel.ended().inner.bind(f"tcp://127.0.0.1:{kernel.port}")
     lead_through(kernel, server)
 
