@@ -8,16 +8,18 @@ one buffer, so that a batch costs one object and no joining.
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, EIO, errno
 from libc.stdlib cimport free, malloc
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport read
 
 import os
 
 #: As in :mod:`conchkernel.remote.pump`.
-ABI = 1
+ABI = 2
 
 # Reads below this size go to the stack: a key needs no allocation of a batch.
 cdef enum:
     FIRST = 4096
+    TERMINAL_NANOSECONDS = 500_000  # TERMINAL_SECONDS there
 
 
 cdef Py_ssize_t _read(int fd, char *buffer, size_t size, int *error) noexcept nogil:
@@ -32,12 +34,21 @@ cdef Py_ssize_t _read(int fd, char *buffer, size_t size, int *error) noexcept no
             return -1
 
 
+cdef long long _now() noexcept nogil:
+    """Nanoseconds."""
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <long long> now.tv_sec * 1_000_000_000 + now.tv_nsec
+
+
 cdef Py_ssize_t _drain(
     int fd, char *buffer, size_t limit, size_t filled, int *error, int *ended
 ) noexcept nogil:
-    """Read until there is nothing more, the end, or the limit; returns what is in the buffer."""
+    """Read until there is nothing more, the end, the limit, or it is late; returns what is in the
+    buffer."""
     cdef Py_ssize_t count
-    while filled < limit:
+    cdef long long until = _now() + TERMINAL_NANOSECONDS
+    while filled < limit and _now() < until:
         count = _read(fd, buffer + filled, limit - filled, error)
         if count > 0:
             filled += count

@@ -201,6 +201,7 @@ class _FarEnd:
     queued = 0
     #: Input goes where it shall go at once, so that what is granted is what was taken.
     cap = share = 0
+    beside_keys = False
 
     def __init__(self, stream: LocalStream) -> None:
         self.limit = 0

@@ -52,16 +52,14 @@ from conchkernel.frames import (
     WireViolation,
     object_of,
 )
-from conchkernel.wirestream import KEYS_SECONDS, SMALL, Stream, refuse
+from conchkernel.wirestream import KEYS_SECONDS, NEAR_SECONDS, SMALL, Stream, refuse
 
 if TYPE_CHECKING:
     from conchkernel.frames import Buffer, Frames
     from conchkernel.wirestream import Receiver
 
-#: What a session moves before a PADDING, and the round trip beyond which the road is the
-#: bottleneck and not the Jupyter server.
+#: What a session moves before a PADDING.
 PADDING_AFTER_BYTES = 1024 * 1024
-NEAR_SECONDS = 0.005
 
 
 class _Nobody:

@@ -80,6 +80,7 @@ CAP_CEILING = 3 * 1024 * 1024
 SHARED_CAPS = 32 * 1024 * 1024  # of all connections together, for as long as they are few
 QUEUE_SECONDS = 0.01  # what may wait before a consumer, at the rate it takes
 QUEUE_SECONDS_OF_TERMINALS = 0.03  # they give least when those behind them rest in between
+NEAR_SECONDS = 0.005  # beyond this round trip the road is the bottleneck, not the Jupyter server
 SMALL = 2 * 1024  # queued bytes up to here count as keystrokes, not as bulk
 JOINED = 32 * 1024  # small writes that wait are joined up to here: an object each costs fifty times
 KEY = 64  # DATA up to here counts as somebody typing
@@ -94,7 +95,7 @@ class Stream:
 
     __slots__ = (
         "_ceiling", "_granted", "_mark", "_mark_time", "_product", "_queue",
-        "_rate", "_session", "closed", "floor", "id", "limit", "lined_up", "queue_seconds",
+        "_rate", "_session", "closed", "floor", "id", "limit", "lined_up", "of_terminal",
         "queued", "received", "receiver", "sent",
     )  # fmt: skip
 
@@ -114,7 +115,7 @@ class Stream:
         self.queued = 0  # bytes of DATA in the queue
         self.received = 0
         self.floor = CAP_FLOOR  # of the cap, while nobody types
-        self.queue_seconds = QUEUE_SECONDS
+        self.of_terminal = False
         self._session = session
         self._queue: deque[tuple[int | None, Buffer]] = deque()  # flags, None for a raw frame
         self.lined_up = False
@@ -136,10 +137,18 @@ class Stream:
 
         Twice the bytes of a round trip keep a road busy. More saves messages, since half a cap is
         one CREDIT, but what waits before a slow end is what a key on another stream waits behind:
-        it is what the consumer takes in :attr:`queue_seconds`, and nothing while somebody types.
+        it is what the consumer takes in :data:`QUEUE_SECONDS`, and nothing while somebody types.
+        Then the flood of a terminal, which nobody reads, is held to the least on a near road.
         """
-        waiting = 0.0 if self.beside_keys else max(self._rate * self.queue_seconds, self.floor)
-        return int(min(max(CAP_FLOOR_BESIDE_KEYS, self._product, waiting), CAP_CEILING))
+        product = self._product
+        if not self.beside_keys:
+            seconds = QUEUE_SECONDS_OF_TERMINALS if self.of_terminal else QUEUE_SECONDS
+            waiting = max(self._rate * seconds, self.floor)
+        else:
+            waiting = 0.0
+            if self.of_terminal and self._session.rtt < NEAR_SECONDS:
+                product = 0.0
+        return int(min(max(CAP_FLOOR_BESIDE_KEYS, product, waiting), CAP_CEILING))
 
     @property
     def share(self) -> int:

@@ -54,6 +54,13 @@ def terminal():
             pass
 
 
+def raw(slave):
+    """Every byte passes as it is."""
+    attributes = termios.tcgetattr(slave)
+    attributes[0] = attributes[1] = attributes[3] = 0
+    termios.tcsetattr(slave, termios.TCSANOW, attributes)
+
+
 def test_an_empty_pipe_gives_nothing(drain, pipe):
     """Nothing there is not the end."""
     assert drain(pipe[0], 100, False) == (b"", False)
@@ -99,12 +106,34 @@ def test_a_terminals_end_comes_behind_its_last_bytes(drain, terminal):
         assert drain(terminal[0], 100, True) == (b"", True)
 
 
+def test_a_flood_without_end_is_left(drain, terminal):
+    """A terminal that fills as fast as it is read keeps nobody."""
+    raw(terminal[1])
+
+    def write():
+        try:
+            while True:
+                os.write(terminal[1], bytes(65536))
+        except OSError:
+            pass  # the master is closed
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    limit = 1 << 26
+    data, ended = b"", False
+    while not data:
+        data, ended = drain(terminal[0], limit, True)
+    os.close(terminal[0])
+    writer.join()
+    assert not ended
+    assert data == bytes(len(data))
+    assert len(data) < limit
+
+
 def test_a_flood_is_whole(drain, terminal):
     """A megabyte through a terminal, in batches, is the same megabyte."""
     data = os.urandom(1 << 20)
-    attributes = termios.tcgetattr(terminal[1])
-    attributes[0] = attributes[1] = attributes[3] = 0
-    termios.tcsetattr(terminal[1], termios.TCSANOW, attributes)
+    raw(terminal[1])
 
     def write():
         left = memoryview(data)

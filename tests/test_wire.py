@@ -360,7 +360,7 @@ def test_the_cap_follows_the_consumer():
     assert stream.cap == pytest.approx(7e5, rel=0.02)
     take(pair, stream, far, 1e6, 0.5)
     assert stream.cap == wirestream.CAP_FLOOR
-    stream.queue_seconds = wirestream.QUEUE_SECONDS_OF_TERMINALS
+    stream.of_terminal = True
     take(pair, stream, far, 70e6, 0.5)
     assert stream.cap == pytest.approx(2.1e6, rel=0.02)
 
@@ -377,6 +377,10 @@ def test_beside_keys_nothing_waits():
     pair.pump()
     assert stream.cap == pytest.approx(2e5, rel=0.02)
     assert typed.cap == wirestream.CAP_FLOOR
+    stream.of_terminal = True
+    assert stream.cap == wirestream.CAP_FLOOR_BESIDE_KEYS
+    pair.gateway.rtt = 0.1  # a far road stays full
+    assert stream.cap == pytest.approx(2e5, rel=0.02)
 
 
 def frame(frame_type: int, stream: int, payload: bytes = b"", length: int | None = None) -> bytes:

@@ -398,7 +398,7 @@ class Link:
         """See :meth:`conchkernel.interfaces.IKernelLink.openProcess`."""
         stream = self.open({**openings.process(request), **self._defaults}, receiver)
         if request.pty is not None and stream.wire is not None:
-            stream.wire.queue_seconds = wirestream.QUEUE_SECONDS_OF_TERMINALS
+            stream.wire.of_terminal = True
         return stream
 
     def openFiles(self, root: bytes | None, readOnly: bool) -> AgentFileStore:

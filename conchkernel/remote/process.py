@@ -22,8 +22,8 @@ from conchkernel.remote import spawn
 from conchkernel.remote.intake import Intake
 from conchkernel.remote.service import Service
 
-#: One read of a terminal, which fills while it is read: so long everybody behind it waits.
-TERMINAL_BATCH = 64 * 1024
+#: One read of a terminal beside somebody's keys, which wait while it is passed on.
+BATCH_BESIDE_KEYS = 64 * 1024
 
 
 class Host(Protocol):
@@ -32,7 +32,7 @@ class Host(Protocol):
     options: dict[str, Any]
     """Defaults of what an OPEN does not say: ``environment``, ``directory``, ``path_prefix``."""
     batch: int
-    """Bytes of one read of a pipe."""
+    """Bytes of one read of output."""
     drain: Callable[[int, int, bool], tuple[bytes, bool]]
     """:func:`conchkernel.remote.pump.drain` or its compiled twin."""
 
@@ -75,6 +75,10 @@ class ProcessStream(Protocol):
     def share(self) -> int:
         """The same where there are many streams."""
 
+    @property
+    def beside_keys(self) -> bool:
+        """Whether somebody types on another stream."""
+
     def write(self, data: bytes, flags: int = 0) -> None:
         """Output; within :attr:`room`."""
 
@@ -112,7 +116,6 @@ class Process(Service):
         self._told_eof = False
         self._over = False
         self._terminal = parameters.get("pty") is not None
-        self._batch = TERMINAL_BATCH if self._terminal else agent.batch
         self._input = -1
         self._outputs: dict[int, int] = {}  # fd -> flags of its DATA
         self._watched: set[int] = set()
@@ -148,6 +151,11 @@ class Process(Service):
                     self._watched.discard(fd)
                     self._agent.unwatch_read(fd)
 
+    def _batch(self) -> int:
+        """How much to read at once."""
+        beside_keys = self._terminal and self._stream.beside_keys
+        return BATCH_BESIDE_KEYS if beside_keys else self._agent.batch
+
     def _readable(self, fd: int) -> None:
         stream = self._stream
         room = stream.room
@@ -155,7 +163,7 @@ class Process(Service):
             self._watch()
             return
         try:
-            data, ended = self._agent.drain(fd, min(room, self._batch), self._terminal)
+            data, ended = self._agent.drain(fd, min(room, self._batch()), self._terminal)
         except OSError:
             data, ended = b"", True
         if data:
@@ -194,7 +202,7 @@ class Process(Service):
             if room <= 0:
                 return  # wire_credit comes back here
             try:
-                data, ended = self._agent.drain(self._input, min(room, self._batch), True)
+                data, ended = self._agent.drain(self._input, min(room, self._agent.batch), True)
             except OSError:
                 data, ended = b"", True
             if data:

@@ -8,16 +8,21 @@ pieces.
 from __future__ import annotations
 
 import os
+import time
 
 #: The agent takes a compiled twin only if this number agrees.
-ABI = 1
+ABI = 2
+#: A flood fills a terminal while it is read. So long at most others wait, and those who pass on
+#: what was read: if they rest for longer, the system's part of a terminal is slower, too.
+TERMINAL_SECONDS = 0.0005
 
 
 def drain(fd: int, limit: int, terminal: bool) -> tuple[bytes, bool]:
     """Read what ``fd`` (non-blocking) holds, up to ``limit`` bytes.
 
     :param terminal: ``fd`` is a terminal's master: it gives its bytes in small pieces, so read
-        until it has no more; its end shows as ``EIO``. A pipe is read once.
+        until it has no more, or :data:`TERMINAL_SECONDS` have passed; its end shows as ``EIO``.
+        A pipe is read once.
     :returns: the bytes, and whether the end was met behind them.
     :raises OSError: for errors other than "nothing there now" and the end of a terminal.
     """
@@ -35,8 +40,9 @@ def drain(fd: int, limit: int, terminal: bool) -> tuple[bytes, bool]:
         return data, False
     pieces = [data]
     limit -= len(data)
+    until = time.monotonic() + TERMINAL_SECONDS
     try:
-        while limit > 0:
+        while limit > 0 and time.monotonic() < until:
             data = os.read(fd, limit)
             if not data:
                 return b"".join(pieces), True
