@@ -237,7 +237,7 @@ async def test_streams_end_with_a_sentence_when_the_link_stays_away(start):
 async def test_who_comes_late_does_not_wait_as_long(start, monkeypatch):
     """The link has been lost for so long that it may stay so; what there is to say is said soon."""
     monkeypatch.setattr(link, "LATE_SECONDS", 0.2)
-    backend = await start(survivalSeconds=30.0, orphanTimeout=600.0)
+    backend = await start(survivalSeconds=30.0, orphanTimeout=1.0)
 
     async def nowhere(user):
         raise LinkLost("no road")
@@ -314,7 +314,7 @@ async def test_an_agent_that_is_just_found_hears_the_farewell(start):
 async def test_a_stop_does_not_wait_for_a_road_for_long(start, monkeypatch):
     """The attempt to attach is given up."""
     monkeypatch.setattr(link, "FAREWELL_SECONDS", 0.1)
-    backend = await start()
+    backend = await start(orphanTimeout=1.0)
     waiting = []
 
     async def nowhere(user):
