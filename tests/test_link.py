@@ -234,6 +234,18 @@ async def test_streams_end_with_a_sentence_when_the_link_stays_away(start):
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_terminals_output_has_a_cap_of_its_own(start):
+    """More of it may be under way, and less beside somebody's keys; a command's has the usual."""
+    backend = await start()
+    shell = await begin(backend, b"cat", TERMINAL)
+    plain = await begin(backend, b"cat")
+    assert shell.stream.wire.of_terminal
+    assert not plain.stream.wire.of_terminal
+    plain.stream.writeEOF()
+    await plain.untilClosed()
+
+
+@pytest_twisted.ensureDeferred
 async def test_who_comes_late_does_not_wait_as_long(start, monkeypatch):
     """The link has been lost for so long that it may stay so; what there is to say is said soon."""
     monkeypatch.setattr(link, "LATE_SECONDS", 0.2)

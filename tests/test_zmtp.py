@@ -147,6 +147,8 @@ def test_an_unknown_hash_is_refused() -> None:
     """At once, and not with the first message."""
     with pytest.raises(ValueError, match="unsupported hash"):
         zmtp.Signer(KEY, "no-such-hash")
+    with pytest.raises(ValueError, match="no size"):
+        zmtp.Signer(KEY, "shake_128")
 
 
 def test_libzmq_takes_our_hello() -> None:
